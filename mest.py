@@ -1,0 +1,1124 @@
+"""Mest turns one model into a realtime REST service. This file is all of it.
+
+A whole service, which `mest run dev` serves here and `mest run gunicorn` in production:
+
+    from mest import GenericModel, Mest, MestConfig, Router
+
+    class Doubler(GenericModel):
+        def init(self, directory_path):
+            self.model = 2
+        def infer(self, x):
+            return {"y": self.model * x}
+
+    doubler, router = Doubler(), Router("v1")
+    router.add_predict_route(doubler, schema={"x": {"type": "float", "required": True}})
+    mest_app = Mest(MestConfig("doubler", 8000, models_instances=[doubler])).setup()
+    mest_app.register_router(url="/", router=router)
+
+The path of a request, which is the order of the file too:
+
+    bytes -> decode -> parameters -> check -> model or handler -> result -> encode -> bytes
+
+Flask routes and serves, Cerberus decides what a valid parameter is, gunicorn runs the processes,
+and Mest is what stands between them. It is no model registry, feature store, API gateway or place
+to train: it answers requests with one model, and what runs your containers does the rest.
+
+Copy this file into your project, or `pip install` it. MIT License.
+"""
+from __future__ import annotations
+
+import argparse
+import code
+import contextlib
+import copy
+import functools
+import importlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qsl
+
+import cerberus
+import flask
+from cerberus.errors import FORBIDDEN_VALUE, UNALLOWED_VALUE
+from flask import current_app, request
+from flask.blueprints import BlueprintSetupState
+from flask.json.provider import DefaultJSONProvider
+from werkzeug.datastructures import MultiDict
+from werkzeug.exceptions import HTTPException
+from werkzeug.http import parse_options_header
+from werkzeug.serving import is_running_from_reloader, run_simple
+from werkzeug.wsgi import get_input_stream
+
+__version__ = "0.1.0"
+__all__ = ["GenericModel", "Mest", "MestConfig", "MestError", "MestModel", "Problem", "Router"]
+__all__ += ["validate_params"]
+
+# Errors
+
+
+class MestError(Exception):
+    """A mistake in the use of Mest. The message says what is wrong, where, and what to do."""
+
+
+class Problem(MestError, HTTPException):
+    """An answer that reports an error, as problem details (RFC 9457). A handler may raise it.
+
+    Its `errors` are Cerberus's, by field; `headers` are further ones, like {"Retry-After": "1"}.
+    """
+
+    def __init__(
+        self, status: int, detail: str, errors: dict | None = None, headers: dict | None = None
+    ):
+        HTTPException.__init__(self, detail)
+        self.code, self.errors, self.headers = status, errors, headers or {}
+
+    def get_body(self, environ: Any = None, scope: Any = None) -> str:
+        body = {"type": "about:blank", "title": self.name, "status": self.code}
+        body |= {"detail": self.description, "errors": self.errors, "request_id": request_id()}
+        return json.dumps({name: value for name, value in body.items() if value is not None}) + "\n"
+
+    def get_headers(self, environ: Any = None, scope: Any = None) -> list[tuple[str, str]]:
+        return [("Content-Type", "application/problem+json"), *self.headers.items()]
+
+
+def as_problem(error: Exception, logger: logging.Logger) -> HTTPException:
+    """Return the answer to any exception: the one place where errors become answers.
+
+    What Werkzeug and `flask.abort` raise keeps its status and headers. All else is a defect of the
+    service: logged with its traceback, and the client is told nothing but the request's id.
+    """
+    if not isinstance(error, HTTPException):
+        logger.error("%s %s failed: %r", request.method, request.path, error, exc_info=error)
+        return Problem(500, "The service failed. Its log says why, under this request_id.")
+    if isinstance(error, Problem) or error.response is not None or (error.code or 0) < 400:
+        return error
+    headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
+    return Problem(error.code, error.description, headers=headers)
+
+
+def request_id() -> str | None:
+    """Return the id of the Flask request: its X-Request-Id where that is sane, or a new one."""
+    if not flask.has_request_context():
+        return None
+    sent = request.headers.get("X-Request-Id", "")
+    sane = re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", sent)
+    return request.environ.setdefault("mest.request_id", sent if sane else uuid.uuid4().hex)
+
+
+# Configuration
+
+
+class MestConfig:
+    """The configuration of a service. `MEST_<FIELD>` in the environment beats what is given here.
+
+    Args:
+        service_name: names the logger and the answers to pings.
+        listen_port: the TCP port.
+        models_instances: the models: GenericModels, or others with `init(directory_path)`.
+        local_model_directory_path: the directory that each model's `init` is given.
+        environ: where MEST_ variables are looked up; os.environ by default.
+        **fields: any other of MestConfig.FIELDS.
+
+    Raises:
+        MestError: names the field, its value and what is allowed.
+    """
+
+    #: name: (default, what is allowed, what it is with its unit)
+    FIELDS = {
+        "listen_port": (8000, range(65536), "TCP port; 0 picks a free one"),
+        "local_model_directory_path": ("_models", str, "directory given to each model's init"),
+        "listen_host": ("", str, "address; by default 127.0.0.1, and 0.0.0.0 under gunicorn"),
+        "workers": (1, range(1, 1025), "processes under gunicorn, each with its own models"),
+        "threads": (16, range(1, 1025), "requests that each process answers at once"),
+        "max_body_bytes": (2**24, range(1, 2**40), "bytes, the largest body of a request"),
+        "log_level": ("INFO", ("DEBUG", "INFO", "WARNING", "ERROR"), "least severity logged"),
+        "log_format": ("auto", ("auto", "json", "text"), "auto is text on a terminal, else json"),
+    }
+
+    def __init__(
+        self, service_name: str, listen_port: int, models_instances: Sequence[Any] = (),
+        local_model_directory_path: str = "_models", *,
+        environ: Mapping[str, str] = os.environ, **fields: Any,
+    ):
+        if not isinstance(service_name, str) or not re.fullmatch(r".*\S.*", service_name):
+            raise MestError(f"service_name is {service_name!r}; it must be a line of text")
+        if unknown := fields.keys() - self.FIELDS:
+            raise MestError(f"MestConfig has no {unknown.pop()!r}, only {', '.join(self.FIELDS)}")
+        if not isinstance(models_instances, (list, tuple)):
+            raise MestError(f"models_instances is {models_instances!r}; it must be a list of models")
+        for model in models_instances:
+            if isinstance(model, type) or not callable(getattr(model, "init", None)):
+                needed = "an instance of GenericModel, or another object with init(directory_path)"
+                raise MestError(f"models_instances has {model!r}; it must be {needed}")
+        self.service_name, self.models_instances = service_name, models_instances
+        fields["listen_port"] = listen_port
+        fields["local_model_directory_path"] = local_model_directory_path
+        for name, (default, _, _) in self.FIELDS.items():
+            variable = "MEST_" + name.upper()
+            source = variable if environ.get(variable) else name
+            value = environ.get(variable) or fields.get(name, default)
+            setattr(self, name, self.convert(name, value, source))
+
+    @classmethod
+    def convert(cls, name: str, value: Any, source: str) -> Any:
+        """Return what a value, or the text for it, means for the field, or raise a MestError."""
+        _, allowed, meaning = cls.FIELDS[name]
+        if isinstance(allowed, range):
+            value = int(value) if re.fullmatch("[0-9]{1,18}", str(value)) else value
+            fits, words = value in allowed, f"an integer from {allowed[0]} to {allowed[-1]}"
+        elif allowed is str:
+            fits, words = isinstance(value, (str, Path)), "text"
+        else:
+            fits, words = value in allowed, " or ".join(allowed)
+        if not fits or isinstance(value, bool):
+            raise MestError(f"{source} is {value!r}; it must be {words} ({meaning})")
+        return value
+
+
+# Logging
+
+#: Characters that end lines or drive terminals, and what is written for them: nobody's input may
+#: forge a line.
+CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
+
+
+class LogHandler(logging.StreamHandler):
+    """Writes each record to stdout: as a JSON object in one line, or as text for people.
+
+    The traceback is a member of the JSON object; in text its lines follow, indented.
+    """
+
+    def __init__(self, log_format: str):
+        logging.Handler.__init__(self)
+        self.log_format = log_format
+
+    @property
+    def stream(self) -> Any:
+        return sys.stdout  # looked up each time, since test runners and notebooks exchange it
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        line = {"time": at, "level": record.levelname, "logger": record.name}
+        if request_id():
+            line["request_id"] = request_id()
+        try:
+            line["message"] = record.getMessage()
+        except Exception as error:  # its arguments do not fit, or have no text
+            line["message"] = f"unreadable record of {record.pathname}:{record.lineno}: {error!r}"
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+        if self.log_format == "json" or self.log_format == "auto" and not sys.stdout.isatty():
+            return json.dumps({**line, "traceback": trace} if trace else line)
+        lines = [" ".join(line.values()), *trace.splitlines()]
+        return "\n    ".join(text.translate(CONTROLS) for text in lines)
+
+
+def set_up_logging(config: MestConfig, embedded: bool) -> logging.Logger:
+    """Return `logging.getLogger(service_name)`, with its level and one handler set.
+
+    It does not propagate, so that a line is written once whatever else the process logs. Embedded
+    in an application that has set up logging it is left to that. Calling it again is harmless.
+    """
+    logger = logging.getLogger(config.service_name)
+    others = [handler for handler in logger.handlers if not isinstance(handler, LogHandler)]
+    if not embedded or others != logger.handlers or not logger.hasHandlers():
+        logger.handlers = [*others, LogHandler(config.log_format)]
+        logger.propagate = False
+    if not embedded or logger.level == logging.NOTSET:
+        logger.setLevel(config.log_level)
+    return logger
+
+
+# JSON
+
+#: Deeper documents serve nobody, and exhaust the stack of whatever handles them next.
+MAX_DEPTH = 100
+
+
+def decode_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object (RFC 8259) in a body, strictly: UTF-8, finite numbers, bounded depth.
+
+    Raises:
+        Problem: 400, or 422 where it is JSON but no object, saying what is wrong.
+    """
+    if not body.strip():
+        raise Problem(400, "The body is empty; send a JSON object with the parameters.")
+    try:
+        text = body.decode()
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # fails on a lone surrogate
+    except RecursionError:
+        raise Problem(400, f"The body is nested deeper than {MAX_DEPTH} levels.") from None
+    except (ValueError, ArithmeticError) as error:
+        raise Problem(400, f"The body is not valid JSON: {error}.") from None
+    if fault := fault_of(value):
+        raise Problem(400, f"The body {fault}.")
+    if not isinstance(value, dict):
+        raise Problem(422, "The body is JSON, but no object; send an object with the parameters.")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ArithmeticError(f"{name} has no form in JSON")
+
+
+def fault_of(value: Any) -> str | None:
+    """Return why a decoded value is unfit for use, its depth or a number not finite, or None."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        if any(type(item) is float and not math.isfinite(item) for item in level):
+            return "contains a number that is not finite"
+        groups = [item for item in level if isinstance(item, (dict, list))]
+        if not groups:
+            return None
+        groups = [group.values() if isinstance(group, dict) else group for group in groups]
+        level = list(itertools.chain.from_iterable(groups))
+    return f"is nested deeper than {MAX_DEPTH} levels"
+
+
+def encode(result: Any) -> tuple[bytes, str]:
+    """Return a result as the body of an answer and its content type.
+
+    Bytes are sent as they are, and text as text, unless it is a JSON object or array. All else is
+    JSON, with arrays (of numpy, torch, pandas, …) as their `.tolist()` or `.item()`.
+
+    Raises:
+        ArithmeticError: the result contains NaN or infinity.
+        TypeError: something in it has no JSON form.
+    """
+    if isinstance(result, (bytes, bytearray)):
+        return bytes(result), "application/octet-stream"
+    if isinstance(result, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(json.loads(result, parse_constant=_refuse_constant), (dict, list)):
+                return result.encode(), "application/json"
+        return result.encode(), "text/plain; charset=utf-8"
+    try:
+        text = _dumps(result)
+    except TypeError:  # perhaps for its keys, which json.dumps does not convert
+        text = _dumps(_with_plain_keys(result))
+    return text.encode() + b"\n", "application/json"
+
+
+def _dumps(value: Any) -> str:
+    compact = {"ensure_ascii": False, "separators": (",", ":")}
+    try:
+        return json.dumps(value, default=_plain, allow_nan=False, **compact)
+    except ValueError as error:
+        raise ArithmeticError(f"the result contains NaN or infinity: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    for method in ("tolist", "item"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    return DefaultJSONProvider.default(value)
+
+
+def _with_plain_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        plain = (str, int, float, type(None))
+        keys = [key if isinstance(key, plain) else _plain(key) for key in value]
+        return dict(zip(keys, map(_with_plain_keys, value.values())))
+    return list(map(_with_plain_keys, value)) if isinstance(value, (list, tuple)) else value
+
+
+# Parameters
+
+#: Cerberus's bookkeeping is quadratic in its errors, and nobody reads more.
+MAX_ERRORS = 20
+#: Fields of a form. More are a list, which belongs in JSON.
+MAX_FIELDS = 1000
+#: What each type of a JSON value may stand for in a schema.
+TYPES_OF_JSON = {int: {"integer", "number", "float"}, float: {"number", "float"}, bool: {"boolean"}}
+
+
+def decode_body(method: str, content_type: str, coding: str, body: bytes) -> dict | None:
+    """Return the parameters in a body, or None where they are a form, which is left to Werkzeug.
+
+    Raises:
+        Problem: 400, 413, 415 or 422, saying what to send instead.
+    """
+    media_type, _ = parse_options_header(content_type.lower())
+    is_json = re.fullmatch(r"application/(.+\+)?json", media_type)
+    if not body and not (is_json and method in ("POST", "PUT", "PATCH")):
+        return {}
+    if coding not in ("", "identity"):
+        raise Problem(415, f"The body is encoded with {coding}; send it uncompressed.")
+    if is_json:
+        return decode_object(body)
+    if media_type == "application/x-www-form-urlencoded" and body.count(b"&") >= MAX_FIELDS:
+        raise Problem(413, f"There are more than {MAX_FIELDS} fields; send JSON instead.")
+    if media_type in ("application/x-www-form-urlencoded", "multipart/form-data"):
+        return None
+    sent = f"of type {media_type}" if media_type else "without a Content-Type"
+    raise Problem(415, f"The body is {sent}; send a JSON object as application/json, or a form.")
+
+
+def convert_text(text: Any, rules: Any) -> Any:
+    """Return text from a query or form as the type that Cerberus's rules ask for.
+
+    What does not convert stays text, for Cerberus to refuse, and so does all where text is allowed.
+    """
+    types = types_of(rules)
+    if not isinstance(text, str) or "string" in types:
+        return text
+    try:
+        value = json.loads(text.lower(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return text
+    fits = not TYPES_OF_JSON.get(type(value), set()).isdisjoint(types) and abs(value) != math.inf
+    return value if fits else text
+
+
+def types_of(rules: Any) -> Sequence[str]:
+    """Return the types that a set of rules allows; a schema may give it by its name."""
+    rules = cerberus.rules_set_registry.get(rules) if isinstance(rules, str) else rules
+    types = (rules or {}).get("type", ())
+    return (types,) if isinstance(types, str) else types
+
+
+class Validator(cerberus.Validator):
+    """Cerberus's validator for documents from strangers. It is not thread-safe: one a document."""
+
+    _valid_schemas: set = set()  # Cerberus's own would hold schemas that passed without our checks
+
+    def _error(self, *args: Any) -> None:
+        if len(self._errors) >= MAX_ERRORS:
+            return  # the verdict stands
+        for error in args[0] if len(args) == 1 else ():
+            if error.code not in (UNALLOWED_VALUE.code, FORBIDDEN_VALUE.code):
+                error.value = None  # the message does without it, and copies of it would be dear
+        super()._error(*args)
+
+    def _normalize_default(self, mapping: dict, schema: Mapping, field: str) -> None:
+        """{'nullable': True}"""  # for Cerberus: what a default may be
+        mapping[field] = copy.deepcopy(schema[field]["default"])  # a handler may change it
+
+
+def _check_regex(rule: str, pattern: Any, error: Callable) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as reason:
+        error(rule, f"{pattern!r} is no regular expression: {reason}")
+
+
+def _check_default(rule: str, default: Any, error: Callable) -> None:
+    rules = error.__self__.document.items()  # those that the default stands among
+    others = ("default", "readonly", "rename", "rename_handler", "dependencies", "excludes")
+    validator = Validator({"it": {rule: value for rule, value in rules if rule not in others}})
+    if not validator.validate({"it": default}):
+        error(rule, f"the rules refuse {default!r}: {validator.errors['it']}")
+
+
+# What Cerberus would find out only when a document meets the rule.
+Validator.rules["regex"]["check_with"] = _check_regex
+Validator.rules["default"]["check_with"] = _check_default
+
+
+class Parameters:
+    """The parameters of an endpoint: a Cerberus schema that is known to be sound.
+
+    Args:
+        schema: the fields and their rules, https://docs.python-cerberus.org/validation-rules.html
+        example: parameters that the schema accepts, or None.
+        owner: whose parameters they are, for the messages about mistakes.
+
+    Raises:
+        MestError: the schema is wrong, or refuses a default of its own, or the example.
+    """
+
+    def __init__(self, schema: dict, example: dict | None, owner: str):
+        rule_sets = schema.values() if isinstance(schema, dict) else [None]
+        if not all(isinstance(rules, (dict, str)) for rules in rule_sets):
+            form = "{'field': {'type': 'float', 'required': True}}"
+            raise MestError(f"{owner}: the schema is {schema!r}; it must be like {form}")
+        try:
+            self.schema = Validator(copy.deepcopy(schema)).schema
+        except Exception as error:  # Cerberus stumbles over some mistakes
+            raise MestError(f"{owner}: the schema is wrong: {error}") from None
+        self.example = example
+        try:
+            self.check(example) if example is not None else None
+        except Problem as problem:
+            refused = problem.errors or problem.description
+            raise MestError(f"{owner}: the schema refuses its example: {refused}") from None
+
+    def from_text(self, fields: dict[str, list]) -> dict[str, Any]:
+        """Return the fields of a query or form, converted from text to what their rules ask for."""
+        document = {}
+        for name, values in fields.items():
+            rules = self.schema.get(name)
+            if "list" in types_of(rules):
+                rest = itertools.repeat(rules.get("schema"))
+                items = itertools.chain(rules.get("items", ()), rest)
+                document[name] = list(map(convert_text, values, items))
+            else:
+                document[name] = convert_text(values[0], rules) if len(values) == 1 else values
+        return document
+
+    def check(self, document: dict[str, Any]) -> dict[str, Any]:
+        """Return the document as Cerberus normalizes it: with defaults, coerced, renamed.
+
+        Raises:
+            Problem: 422 with Cerberus's errors.
+        """
+        unknown = list(document.keys() - self.schema.keys())
+        if len(unknown) > MAX_ERRORS:
+            names = (document.keys() & self.schema.keys()).union(unknown[:MAX_ERRORS])
+            document = {name: document[name] for name in names}
+        validator = Validator(self.schema)
+        try:
+            valid = validator.validate(document)
+        except Exception as error:
+            *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+            if not innermost.f_globals["__name__"].startswith("cerberus"):
+                raise  # a function in the schema: a defect of the service
+            raise Problem(422, f"The parameters cannot be checked: {error}.", errors={}) from None
+        if not valid:
+            listed = _at_most(validator.errors, [MAX_ERRORS])
+            raise Problem(422, "The parameters are not valid.", errors=listed)
+        if fault := fault_of(validator.document):  # coercion may have made it
+            raise Problem(422, f"A parameter {fault}.", errors={})
+        return validator.document
+
+
+def _at_most(errors: Any, left: list[int]) -> Any:
+    """Return Cerberus's errors without those beyond the number left, which this counts down."""
+    if isinstance(errors, dict):
+        return {name: _at_most(some, left) for name, some in errors.items() if left[0] > 0}
+    if isinstance(errors, list):
+        return [_at_most(some, left) for some in errors if left[0] > 0]
+    left[0] -= 1
+    return errors
+
+
+# Models
+
+
+class GenericModel:
+    """A model behind endpoints: subclass it with an `init` and an `infer`.
+
+    `predict` runs the stages pre_process, infer and post_process, perhaps in several threads at
+    once. From stage to stage a dictionary is passed on as keyword arguments, a list as positional
+    arguments, and anything else as one argument.
+    """
+
+    #: A place for what `init` loads.
+    model: Any = None
+    _initialised = False
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether `init` has been carried out, by Mest or by hand."""
+        return self._initialised or self.model is not None
+
+    def init(self, directory_path: str) -> None:
+        """Load the model from the directory with its files, once in each process that serves."""
+
+    def pre_process(self, **params: Any) -> Any:
+        """Return what `infer` works on, given the parameters of a request; by default just them."""
+        return params
+
+    def infer(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's result for what `pre_process` returned."""
+        raise NotImplementedError(f"{type(self).__name__} has no infer()")
+
+    def post_process(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the answer, given what `infer` returned; by default just that."""
+
+    def predict(self, **params: Any) -> Any:
+        """Return the answer for the parameters of a request."""
+        result = _pass_on(self.pre_process(**params), self.infer)
+        if type(self).post_process is GenericModel.post_process:
+            return result
+        return _pass_on(result, self.post_process)
+
+
+def _pass_on(value: Any, stage: Callable) -> Any:
+    if isinstance(value, dict):
+        return stage(**value)
+    return stage(*value) if isinstance(value, list) else stage(value)
+
+
+MestModel = GenericModel
+
+
+# Routes
+
+
+def validate_params(schema: dict, example: dict | None = None) -> Callable[[Callable], Callable]:
+    """Decorate a handler to receive the request's parameters, checked, as keyword arguments.
+
+    They come from the query string, a JSON object or a form, and are what Cerberus makes of them;
+    variables of the path are passed along. Stands below `route`. Outside a request the handler can
+    be called as if it were not decorated. The arguments are those of Parameters.
+    """
+
+    def decorate(handler: Callable) -> Callable:
+        parameters = Parameters(schema, example, f"validate_params of {handler.__qualname__}()")
+
+        @functools.wraps(handler)
+        def validated(*args: Any, **variables: Any) -> Any:
+            if args or not flask.has_request_context():
+                return handler(*args, **variables)
+            return current_app.ensure_sync(handler)(**read_parameters(parameters, variables))
+
+        return validated
+
+    return decorate
+
+
+def read_parameters(parameters: Parameters, variables: dict[str, Any]) -> dict[str, Any]:
+    """Return the checked parameters of the Flask request, and the variables of its path.
+
+    Variables go through the check where the schema names them.
+
+    Raises:
+        Problem: what is wrong with the request.
+    """
+    headers, body = request.headers, read_body(service().config.max_body_bytes)
+    kind, coding = headers.get("Content-Type", ""), headers.get("Content-Encoding", "")
+    values = decode_body(request.method, kind, coding, body)
+    fields = MultiDict(parse_qsl(request.query_string.decode("latin-1"), True)).to_dict(flat=False)
+    if values is None or "form" in vars(request):  # a form, which a hook may have parsed already
+        if body and values is None and not (request.form or request.files):
+            raise Problem(400, "The body is not a valid form.")
+        fields |= request.form.to_dict(flat=False)
+        fields |= {name: [file.read() for file in files] for name, files in request.files.lists()}
+    known = {name: [variables[name]] for name in variables.keys() & parameters.schema.keys()}
+    document = parameters.from_text(fields) | (values or {}) | parameters.from_text(known)
+    return variables | parameters.check(document)
+
+
+def read_body(limit: int) -> bytes:
+    """Return the body of the Flask request, which may have so many bytes.
+
+    Raises:
+        Problem: 413 if it is longer, 400 if it ends early or the server can make no sense of it.
+    """
+    length, body = request.content_length or 0, b""
+    if length <= limit:
+        request.max_content_length = limit + 1  # Werkzeug stops reading there, and says nothing
+        try:
+            body = request.get_data(cache=True)
+        except Exception:  # each server has exceptions of its own
+            raise Problem(400, "The body is malformed or ended early.") from None
+    if max(length, len(body)) > limit:
+        rest = get_input_stream(request.environ)
+        with contextlib.suppress(Exception):  # most clients read no answer before they have sent all
+            any(not rest.read(2**16) for _ in range(2**10))
+        raise Problem(413, f"The body is longer than {limit} bytes.")
+    if len(body) < length and "form" not in vars(request):
+        raise Problem(400, f"The body ended after {len(body)} of {length} bytes.")
+    return body
+
+
+def to_response(result: Any) -> Any:
+    """Return Flask's response to what a handler returned; data, text and arrays are encoded."""
+    body, *rest = result if isinstance(result, tuple) else (result,)
+    plain = body is None or isinstance(body, (dict, list, str, int, float))
+    if plain or hasattr(body, "tolist") or hasattr(body, "item"):
+        content, content_type = encode(body)
+        body = flask.Response(content, content_type=content_type)
+    return current_app.make_response((body, *rest) if rest else body)
+
+
+def as_view(handler: Callable) -> Callable:
+    """Return a Flask view that answers with what the handler returns or raises."""
+
+    @functools.wraps(handler)
+    def view(**variables: Any) -> Any:
+        try:
+            return to_response(current_app.ensure_sync(handler)(**variables))
+        except Exception as error:
+            if current_app.debug and not isinstance(error, HTTPException):
+                raise  # to the debugger
+            return as_problem(error, service().logger).get_response(request.environ)
+
+    return view
+
+
+class Router:
+    """Endpoints under one name, for `Mest.register_router`.
+
+    Args:
+        name: unique, and without dots; `flask.url_for` takes "name.handler".
+    """
+
+    def __init__(self, name: str):
+        if not isinstance(name, str) or not name or "." in name:
+            raise MestError(f"a router is named {name!r}; it must be text without dots")
+        self.name = name
+        #: What was declared: urls relative to the router's, views, and options of Flask's routes.
+        self.routes: list[tuple[str, Callable, dict[str, Any]]] = []
+        self._views: dict[str, Callable] = {}
+        self._registrations: list[BlueprintSetupState] = []
+
+    def route(self, url: str, method: str = "POST", **options: Any) -> Callable:
+        """Decorate a handler, which comes back as it was, to answer requests to an url.
+
+        Args:
+            url: relative to the router's, as Flask has it: "predict" or "/users/<int:user>".
+            method: the HTTP method; `methods=[…]` for several.
+            **options: any other option of Flask's routes.
+        """
+        if not isinstance(url, str):
+            raise MestError(f"a route of router {self.name!r} has the url {url!r}; it must be text")
+
+        def decorate(handler: Callable) -> Callable:
+            name = options.get("endpoint", handler.__name__)
+            view = self._views.setdefault(name, as_view(handler))
+            if view.__wrapped__ is not handler:
+                mistake = f"router {self.name!r} has two handlers named {name!r}"
+                raise MestError(f"{mistake}; rename one of them, or give it endpoint='…'")
+            route = "/" + url.lstrip("/"), view, {"methods": [method], "endpoint": name, **options}
+            self.routes.append(route)
+            for registration in self._registrations:
+                self._add(registration, *route)
+            return handler
+
+        return decorate
+
+    def add_predict_route(
+        self, model: Any, schema: dict, url: str = "/predict", method: str = "POST",
+        example: dict | None = None,
+    ) -> None:
+        """Answer requests to an url with `model.predict(**params)` of the checked parameters.
+
+        Args:
+            model: a GenericModel, or another object with `predict`.
+            url: relative to the router's; its variables are passed to `predict` too.
+            method: the HTTP method.
+            schema, example: as in Parameters.
+        """
+        owner = f"the predict route {url!r} of router {self.name!r}"
+        if not callable(getattr(model, "predict", None)):
+            raise MestError(f"{owner} has the model {model!r}; it must have predict()")
+        parameters = Parameters(schema, example, owner)
+
+        def predict(**variables: Any) -> flask.Response:
+            params = read_parameters(parameters, variables)
+            if not getattr(model, "is_loaded", True):
+                raise MestError(f"{model!r} is not loaded; call mest_app.setup() before serving")
+            content, content_type = encode(model.predict(**params))
+            return flask.Response(content, content_type=content_type)
+
+        self._add_own(url, method, predict)
+
+    def add_ping_route(self, url: str = "/ping", method: str = "GET") -> None:
+        """Answer requests to an url with the name of the service, or 503 while it shuts down."""
+
+        def ping() -> dict[str, str]:
+            name = service().config.service_name
+            if service().draining:
+                raise Problem(503, f"{name} is shutting down.")
+            return {"message": f"{name} is up"}
+
+        self._add_own(url, method, ping)
+
+    def _add_own(self, url: str, method: str, handler: Callable) -> None:
+        name = re.sub(r"\W+", "_", url.strip("/")) or "index"
+        name = f"{name}_{method.lower()}" if name in self._views else name
+        self.route(url, method, endpoint=name)(handler)
+
+    @functools.cached_property
+    def blueprint(self) -> flask.Blueprint:
+        """The routes as a Flask blueprint, for an application without Mest; later ones join it."""
+        blueprint = flask.Blueprint(self.name, __name__)
+        blueprint.after_request(add_request_id)
+        blueprint.record(self._register)
+        return blueprint
+
+    def _register(self, registration: BlueprintSetupState) -> None:
+        self._registrations.append(registration)
+        for route in self.routes:
+            self._add(registration, *route)
+
+    def _add(self, registration: BlueprintSetupState, url: str, view: Callable, options: dict):
+        full = (registration.url_prefix or "").rstrip("/") + url
+        methods = {method.upper() for method in options["methods"]}
+        for other in registration.app.url_map.iter_rules():
+            taken = other.methods - ({"OPTIONS"} if other.provide_automatic_options else set())
+            if methods & taken and _shape(other.rule) == _shape(full):
+                clash = f"{' '.join(methods & taken)} {full} of router {self.name!r}"
+                raise MestError(f"{clash} is a route already, of the endpoint {other.endpoint!r}")
+        registration.add_url_rule(url, view_func=view, **options)
+
+
+def _shape(url: str) -> str:
+    """Return an url without the names of its variables, which do not tell it from another."""
+    return re.sub(r"[^<:]+>", ">", url)
+
+
+def add_request_id(response: flask.Response) -> flask.Response:
+    """Put the id of the request on its response, where a host has not done so."""
+    response.headers.setdefault("X-Request-Id", request_id())
+    return response
+
+
+# Application
+
+
+class Mest:
+    """A service: a configuration, models and routes on one Flask application.
+
+    Args:
+        config: the configuration.
+        app: a Flask application to live in, which keeps its logging, error handlers and routes as
+            they are. Without it Mest makes one, and all errors of that are problem details.
+    """
+
+    #: Set by the command while it imports an application: `run()` is its business then, and models
+    #: are loaded by the process that will serve.
+    _run_by_command = False
+    _setup_deferred = False
+
+    def __init__(self, config: MestConfig, app: flask.Flask | None = None):
+        if not isinstance(config, MestConfig):
+            raise MestError(f"Mest was given the configuration {config!r}; it must be a MestConfig")
+        self.config = config
+        self.logger = set_up_logging(config, embedded=app is not None)
+        self.app = app or self._flask()
+        if self.app.extensions.setdefault("mest", self) is not self:
+            raise MestError("the Flask application has a Mest already; add routers to that")
+        #: Whether the process is about to stop: pings say so, and no more requests should come.
+        self.draining = False
+        self._loaded: list[Any] = []
+        self._loading = threading.Lock()
+
+    def _flask(self) -> flask.Flask:
+        name, here = self.config.service_name, os.getcwd()
+        app = flask.Flask(name, root_path=here, instance_path=here, static_folder=None)
+        app.logger = self.logger
+        app.json.sort_keys = False
+        app.config["MAX_CONTENT_LENGTH"] = self.config.max_body_bytes
+        app.after_request(add_request_id)
+        answer = lambda error: as_problem(error, self.logger).get_response(request.environ)
+        app.register_error_handler(HTTPException, answer)
+        return app
+
+    def setup(self) -> Mest:
+        """Load the models that are not loaded yet, and return the Mest itself.
+
+        Raises:
+            MestError: names the model whose `init` failed, and has that failure as its cause.
+        """
+        if not Mest._setup_deferred:
+            self.load_models()
+        return self
+
+    def load_models(self) -> None:
+        """Do what `setup` does, even while the command has deferred it."""
+        directory = self.config.local_model_directory_path
+        with self._loading:
+            for model in self.config.models_instances:
+                if any(model is loaded for loaded in self._loaded):
+                    continue
+                name, started = type(model).__name__, time.perf_counter()
+                try:
+                    model.init(directory)
+                except (Exception, SystemExit) as error:
+                    reason = f"model {name} could not be loaded: {type(error).__name__}: {error}"
+                    if not os.path.isdir(directory):
+                        reason += f" (local_model_directory_path is {directory!r}: no directory)"
+                    raise MestError(reason) from error
+                if isinstance(model, GenericModel):
+                    model._initialised = True
+                self._loaded.append(model)
+                self.logger.info("model %s loaded in %.3f s", name, time.perf_counter() - started)
+
+    def register_router(self, url: str, router: Router) -> None:
+        """Put the routes of a router, present and future ones, under an url or several in turn.
+
+        Raises:
+            MestError: another router has its name, or another route one of its urls.
+        """
+        if not isinstance(url, str) or not isinstance(router, Router):
+            raise MestError(f"register_router takes url and router, not {url!r} and {router!r}")
+        same = [other for other in self.app.blueprints.values() if other.name == router.name]
+        if any(other is not router.blueprint for other in same):
+            raise MestError(f"there are two routers named {router.name!r}; rename one of them")
+        name = f"{router.name}_{len(same) + 1}" if same else router.name
+        self.app.register_blueprint(router.blueprint, url_prefix="/" + url.strip("/"), name=name)
+
+    def run(self) -> None:
+        """Start the development server on 127.0.0.1 and the `listen_port`, with the models loaded.
+
+        In a file that the `mest` command has loaded it only logs that the command does so.
+        """
+        if Mest._run_by_command:
+            self.logger.info("mest_app.run() does nothing here: the mest command runs the service")
+            return
+        self.load_models()
+        host = self.config.listen_host or "127.0.0.1"
+        run_simple(host, self.config.listen_port, self.app, threaded=True)
+
+
+def service() -> Any:
+    """Return the Mest of the Flask application, or what stands in for it under a mere blueprint."""
+    if "mest" in current_app.extensions:
+        return current_app.extensions["mest"]
+    config = MestConfig(current_app.name, 8000)
+    return SimpleNamespace(config=config, logger=current_app.logger, draining=False)
+
+
+# Command line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `mest` command, and return its exit code: 1 for a failure, 2 for a wrong option."""
+    parser = command_line()
+    args = parser.parse_args(argv)
+    try:
+        for name in MestConfig.FIELDS.keys() & vars(args).keys():
+            MestConfig.convert(name, getattr(args, name), "--" + name.removeprefix("listen_"))
+            os.environ["MEST_" + name.upper()] = getattr(args, name)  # beats the code
+    except MestError as error:
+        parser.error(str(error))
+    try:
+        return args.run(args)
+    except MestError as error:
+        print(report(error), file=sys.stderr)
+        return 1
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of the command line; what it parses has the function to call as `run`."""
+    app = argparse.ArgumentParser(add_help=False)
+    app.add_argument("--app", default=argparse.SUPPRESS, metavar="FILE_OR_MODULE[:NAME]",
+                     help="the application, and its Mest's name; default $MEST_APP or app.py")
+    parser = argparse.ArgumentParser("mest", description=__doc__.splitlines()[0], parents=[app])
+    parser.add_argument("--version", action="version", version=f"mest {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    servers = commands.add_parser("run", help="serve the application", parents=[app])
+    servers = servers.add_subparsers(required=True, metavar="SERVER")
+
+    def add(group: Any, name: str, run: Callable, *fields: str, **options: Any) -> Any:
+        options = {"parents": [app], "allow_abbrev": False, **options}
+        command = group.add_parser(name, help=run.__doc__, description=run.__doc__, **options)
+        command.set_defaults(run=run)
+        for field in fields:
+            option, help = "--" + field.removeprefix("listen_"), MestConfig.FIELDS[field][2]
+            command.add_argument(option, dest=field, default=argparse.SUPPRESS, help=help)
+        return command
+
+    dev = add(servers, "dev", run_dev, "listen_host", "listen_port")
+    dev.add_argument("--no-reload", action="store_true", help="do not watch the files")
+    dev.add_argument("--debug", action="store_true", help="show tracebacks in the browser")
+    fields = "listen_host", "listen_port", "workers", "threads"
+    production = add(servers, "gunicorn", run_gunicorn, *fields)
+    production.add_argument("options", nargs="*", metavar="-- OPTIONS", help="gunicorn's own")
+    add(commands, "shell", run_shell)
+    test = add(commands, "test", run_test, add_help=False, parents=[], prefix_chars="\0")
+    test.add_argument("arguments", nargs="*")  # whatever they start with
+    return parser
+
+
+def run_dev(args: argparse.Namespace) -> int:
+    """serve on this machine with Flask's server, reloading what changes"""
+    watch, child, files = not args.no_reload, is_running_from_reloader(), []
+    try:
+        mest_app, module = load_app(args)
+        app, files, config = mest_app.app, [module.__file__], mest_app.config
+        host, port, app.debug = config.listen_host or "127.0.0.1", config.listen_port, args.debug
+        if child or not watch:  # the reloader's parent serves nothing
+            mest_app.load_models()
+    except MestError as error:
+        if not child:
+            raise
+        print(report(error), file=sys.stderr)
+        app = Problem(503, "The application does not load; the terminal says why.")
+        host, port = os.environ["MEST_LISTEN_HOST"], int(os.environ["MEST_LISTEN_PORT"])
+    if args.debug and not re.match(r"localhost$|127\.|::1$", host):
+        raise MestError(f"--debug lets whoever reaches {host} run code; use --host 127.0.0.1")
+    os.environ |= {"MEST_LISTEN_HOST": host, "MEST_LISTEN_PORT": str(port)}
+    options = {"use_reloader": watch, "use_debugger": args.debug, "extra_files": files}
+    run_simple(host, port, app, threaded=True, **options)
+    return 0
+
+
+def run_gunicorn(args: argparse.Namespace) -> int:
+    """serve in production with gunicorn, whose own options may follow a --"""
+    try:
+        from gunicorn.app.base import Application
+        from gunicorn.errors import AppImportError, HaltServer
+        from gunicorn.workers.gthread import ThreadWorker
+    except ImportError:
+        raise MestError("gunicorn is not installed: pip install gunicorn") from None
+    mest_app, _ = load_app(args)
+    config, given = mest_app.config, vars(args)
+    host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
+    bind = f"{host or '0.0.0.0'}:{config.listen_port}"
+    options = [f"--{name}={given[name]}" for name in ("workers", "threads") if name in given]
+    options += [f"--bind={bind}"] if {"listen_host", "listen_port"} & given.keys() else []
+
+    class Worker(ThreadWorker):
+        def handle_exit(self, number: int, frame: Any) -> None:
+            mest_app.draining = True
+            super().handle_exit(number, frame)
+
+    class Service(Application):
+        def init(self, parser: Any, opts: Any, args: list[str]) -> dict[str, Any]:
+            if args:
+                parser.error(f"{args[0]} is no option; mest --app names the application")
+            return {
+                "bind": bind,
+                "workers": config.workers,
+                "threads": config.threads,
+                "worker_class": Worker,
+                "keepalive": 75,  # seconds; load balancers keep idle connections for 60
+                "control_socket_disable": True,  # it writes to $HOME, which containers may lack
+                "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
+            }
+
+        def load_config(self) -> None:
+            argv, sys.argv = sys.argv, ["mest run gunicorn --", *options, *args.options]
+            try:
+                super().load_config()  # reads sys.argv, the environment and gunicorn.conf.py
+            finally:
+                sys.argv = argv
+
+        def load(self) -> flask.Flask:
+            try:
+                mest_app.load_models()
+            except MestError as error:
+                raise AppImportError(report(error)) from None  # ends the master too
+            return mest_app.app
+
+    server, master = Service(), os.getpid()
+    for place in server.cfg.address if "GUNICORN_FD" not in os.environ else ():  # not a re-exec
+        refuse_if_taken(place)
+    try:
+        server.run()
+    except AppImportError as error:  # with --preload
+        print(error, file=sys.stderr)
+        return 1
+    except HaltServer:  # a second worker failed while all stopped for the first
+        return 1
+    except SystemExit as stop:
+        if os.getpid() == master and stop.code in (3, 4):  # a worker could not load the models
+            return 1
+        raise
+
+
+def refuse_if_taken(place: Any) -> None:
+    """Raise a MestError if nobody can listen on a (host, port), which gunicorn would try for long."""
+    if isinstance(place, tuple):
+        try:
+            family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
+            socket.create_server(place, family=family).close()
+        except OSError as error:
+            reason = f"{place[0]}:{place[1]}: {os.strerror(error.errno)}"
+            raise MestError(f"cannot listen on {reason}; choose another --port") from None
+
+
+def run_shell(args: argparse.Namespace) -> int:
+    """start a Python prompt with the models loaded, IPython's where that is installed"""
+    mest_app, module = load_app(args)
+    mest_app.load_models()
+    names = {"mest_app": mest_app, "app": mest_app.app, "client": mest_app.app.test_client()}
+    models = set(map(id, mest_app.config.models_instances))
+    names |= {name: value for name, value in vars(module).items() if id(value) in models}
+    banner = f"{mest_app.config.service_name}, Mest {__version__}: {', '.join(names)}"
+    with mest_app.app.app_context(), contextlib.suppress(ImportError):
+        if sys.stdin.isatty():
+            from IPython import start_ipython
+
+            print(banner)
+            return start_ipython(["--no-banner"], user_ns=names) or 0
+    with mest_app.app.app_context():
+        if os.path.isfile(startup := os.environ.get("PYTHONSTARTUP", "")):
+            exec(compile(Path(startup).read_text(), startup, "exec"), names)
+        code.interact(banner, local=names, exitmsg="")
+    return 0
+
+
+def run_test(args: argparse.Namespace) -> int:
+    """run pytest on this directory, with its own arguments"""
+    try:
+        import pytest
+    except ImportError:
+        raise MestError("pytest is not installed: pip install pytest") from None
+    Mest._run_by_command = True
+    sys.path.insert(0, os.getcwd())
+    return int(pytest.main(args.arguments))
+
+
+def load_app(args: argparse.Namespace) -> tuple[Mest, ModuleType]:
+    """Import the application that --app or MEST_APP names, and return its Mest and its module.
+
+    Raises:
+        MestError: it does not exist, cannot be imported, or has no Mest or several.
+    """
+    target = getattr(args, "app", None) or os.environ.get("MEST_APP") or "app.py"
+    path, _, name = target.partition(":")
+    module_name, folder = path, Path.cwd()
+    if path.endswith(".py") or os.sep in path:
+        file = Path(path).resolve()
+        if not file.is_file():
+            hint = "name it with --app or MEST_APP, or change to its directory"
+            raise MestError(f"there is no application {path} in {os.getcwd()}; {hint}")
+        module_name, folder = file.stem, file.parent
+        while (folder / "__init__.py").is_file():
+            module_name, folder = f"{folder.name}.{module_name}", folder.parent
+    sys.path.insert(0, str(folder))
+    Mest._run_by_command = Mest._setup_deferred = True
+    try:
+        module = importlib.import_module(module_name)
+    except MestError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        *_, place = (frame for frame in frames if frame.filename != __file__)
+        raise MestError(f"{place.filename}, line {place.lineno}: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise MestError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        Mest._setup_deferred = False
+    found = {key: value for key, value in vars(module).items() if isinstance(value, Mest)}
+    if not name and len(set(map(id, found.values()))) == 1:
+        name = min(found)
+    name = name or "mest_app"
+    if name not in found:
+        have = f"its instances of Mest are {', '.join(found)}" if found else "it has no Mest"
+        raise MestError(f"{path}: {have}; make one named mest_app, or name one: --app {path}:NAME")
+    return found[name], module
+
+
+def report(error: MestError) -> str:
+    """Return the message about a failure, below the traceback if the user's own code raised it."""
+    cause, lines = error.__cause__, []
+    if cause:
+        trace = cause.__traceback__
+        while trace and trace.tb_frame.f_globals["__name__"].split(".")[0] in (__name__, "importlib"):
+            trace = trace.tb_next
+        lines = traceback.format_exception(type(cause), cause, trace)
+    return "".join([*lines, f"mest: {error}"])
+
+
+# The documented import paths, mest.app, mest.app.api and mest.models, are this module under further
+# names. Where it runs as the command, as `python mest.py`, the application that imports it gets
+# that same module, not a second one with other classes.
+app = api = models = _this = sys.modules[__name__]
+_main = sys.modules["__main__"]
+if _this is not _main and os.path.realpath(getattr(_main, "__file__", None) or "") == os.path.realpath(__file__):
+    _this = sys.modules[__name__] = _main
+for _path in ("app", "app.api", "models"):
+    sys.modules[f"{__name__}.{_path}"] = _this
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1481 @@
+"""The tests of mest.py, in its order. Each name is a sentence about what a user can rely on."""
+import contextlib
+import copy
+import http.client
+import io
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+import uuid
+import zipfile
+from pathlib import Path
+
+import cerberus
+import flask
+import pytest
+
+import mest
+from mest import GenericModel, Mest, MestConfig, MestError, Problem, Router, validate_params
+
+HERE = Path(__file__).resolve().parent
+JSON = {"Content-Type": "application/json"}
+PATIENCE = 30  # seconds, for whatever is waited for
+
+
+# Fixtures
+
+
+class Doubler(GenericModel):
+    def init(self, directory_path):
+        self.model = 2
+
+    def infer(self, x):
+        return {"y": self.model * x}
+
+
+X = {"x": {"type": "float", "required": True}}
+
+
+def make(app=None, models=(), **fields):
+    """A Mest whose name, and so its logger, no other test has."""
+    return Mest(MestConfig(f"t{uuid.uuid4().hex}", 8000, list(models), environ={}, **fields), app=app)
+
+
+@pytest.fixture
+def mest_app():
+    return make()
+
+
+@pytest.fixture
+def router():
+    return Router("v1")
+
+
+def client_of(router, url="/", **fields):
+    mest_app = make(**fields)
+    mest_app.register_router(url, router)
+    return mest_app.app.test_client()
+
+
+@pytest.fixture
+def route():
+    """A function that serves a handler in a service of its own and returns how to ask it."""
+
+    def declare(handler, **options):
+        router = Router("v1")
+        router.route("it", **{"methods": ["GET", "POST"], "endpoint": "it", **options})(handler)
+        client = client_of(router)
+        return lambda query="", method="POST", **sent: client.open("/it" + query, method=method, **sent)
+
+    return declare
+
+
+@pytest.fixture
+def ask(route):
+    """The same for a handler that returns its checked parameters."""
+    return lambda schema, **options: route(validate_params(schema)(lambda **params: params), **options)
+
+
+@pytest.fixture
+def answer(route):
+    """The response to a handler that returns this."""
+    return lambda result: route(lambda: result)()
+
+
+def log_of(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+
+
+def environment(**more):
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MEST_", "WERKZEUG_", "GUNICORN"))}
+    return {**plain, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1", **more}
+
+
+class Project:
+    """A folder in which files can be written and the mest command run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def write(self, **files):
+        for name, text in files.items():
+            (self.path / f"{name}.py").write_text(text)
+
+    def mest(self, *args, command=("-m", "mest"), stdin="", **env):
+        return subprocess.run(
+            [sys.executable, *command, *args], cwd=self.path, env=environment(**env), input=stdin,
+            capture_output=True, text=True, timeout=PATIENCE,
+        )
+
+    @contextlib.contextmanager
+    def serve(self, *args, command=("-m", "mest"), port=("--port", "0"), **env):
+        """Run a server on a free port, wait until it listens, and yield it."""
+        head = list(itertools.takewhile(lambda arg: arg != "--", args))
+        process = subprocess.Popen(
+            [sys.executable, *command, *head, *port, *args[len(head) :]], cwd=self.path,
+            env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )
+        server = Server(process)
+        try:
+            server.wait_for(r"(?:Running on|Listening at:) http://[^\s]+?:(\d+)\b")
+            yield server
+        finally:
+            server.kill()
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path)
+
+
+class Server:
+    def __init__(self, process):
+        self.process, self.lines, self.read = process, [], 0
+        self.news = threading.Condition()
+        threading.Thread(target=self._collect, daemon=True).start()
+
+    def _collect(self):
+        with contextlib.suppress(ValueError):
+            for line in self.process.stdout:
+                with self.news:
+                    self.lines.append(line)
+                    self.news.notify_all()
+        with self.news:
+            self.lines.append("")
+            self.news.notify_all()
+
+    @property
+    def output(self):
+        return "".join(self.lines)
+
+    def wait_for(self, pattern):
+        with self.news:
+            found = self.news.wait_for(
+                lambda: re.search(pattern, self.output) or self.lines[-1:] == [""], PATIENCE
+            )
+        match = re.search(pattern, self.output)
+        assert match and found, f"no {pattern!r} in: {self.output}"
+        if match.groups() and match.group(1).isdigit():
+            self.port = int(match.group(1))
+        return match
+
+    def ask(self, path, body=None, method=None, headers=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        try:
+            body = json.dumps(body).encode() if isinstance(body, dict) else body
+            method = method or ("GET" if body is None else "POST")
+            connection.request(method, path, body, headers if headers is not None else JSON)
+            response = connection.getresponse()
+            return response.status, response.read(), dict(response.getheaders())
+        finally:
+            connection.close()
+
+    def send(self, text, half_close=True):
+        """Send bytes as they are, and return all that comes back."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as raw:
+            raw.sendall(text)
+            if half_close:
+                raw.shutdown(socket.SHUT_WR)
+            received = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := raw.recv(65536):
+                    received += part
+            return received
+
+    def kill(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(PATIENCE)
+        self.process.stdout.close()
+
+
+APP = """
+from mest import GenericModel, Mest, MestConfig, Router, validate_params
+
+class Doubler(GenericModel):
+    def init(self, directory_path):
+        print("loading from", directory_path)
+        self.model = 2
+
+    def infer(self, x):
+        return {"y": self.model * x}
+
+doubler = Doubler()
+mest_app = Mest(MestConfig("doubler", 8000, models_instances=[doubler])).setup()
+router = Router("v1")
+mest_app.register_router(url="/", router=router)
+router.add_predict_route(doubler, {"x": {"type": "float", "required": True}}, example={"x": 1})
+router.add_ping_route()
+
+@router.route("echo")
+@validate_params({"x": {"type": "list", "required": True}})
+def echo(x):
+    return {"x": x}
+
+@router.route("fail", method="GET")
+def fail():
+    secret = "hunter2"
+    raise KeyError(secret)
+"""
+
+
+# Errors
+
+
+def test_an_error_is_a_problem_details_object_with_the_id_of_its_request(ask):
+    response = ask(X)(json={}, headers={"X-Request-Id": "abc-1"})
+    assert response.status_code == 422
+    assert response.content_type == "application/problem+json"
+    assert response.json == {
+        "type": "about:blank",
+        "title": "Unprocessable Entity" if "Entity" in response.json["title"] else "Unprocessable Content",
+        "status": 422,
+        "detail": "The parameters are not valid.",
+        "errors": {"x": ["required field"]},
+        "request_id": "abc-1",
+    }
+
+
+def test_a_handler_may_raise_a_problem_with_headers_of_its_own(route):
+    def handler():
+        raise Problem(429, "Slow down.", headers={"Retry-After": "3"})
+
+    response = route(handler)()
+    assert (response.status_code, response.headers["Retry-After"]) == (429, "3")
+    assert response.json["detail"] == "Slow down."
+
+
+def test_abort_becomes_problem_details_and_keeps_its_headers(route):
+    from werkzeug.exceptions import Unauthorized
+
+    assert route(lambda: flask.abort(404, "no such user"))().json["detail"] == "no such user"
+    from werkzeug.datastructures import WWWAuthenticate
+
+    def handler():
+        raise Unauthorized("who?", www_authenticate=WWWAuthenticate("basic"))
+
+    assert route(handler)().headers["WWW-Authenticate"] == "Basic"
+    assert route(lambda: flask.abort(flask.Response("mine", 418)))().text == "mine"
+
+
+def test_an_exception_in_a_handler_is_an_opaque_500_that_the_log_explains(route, capsys):
+    def handler():
+        raise KeyError("hunter2")
+
+    response = route(handler)(headers={"X-Request-Id": "r-7"})
+    assert response.status_code == 500
+    assert "hunter2" not in response.text and "KeyError" not in response.text
+    assert response.json["request_id"] == "r-7"
+    (line,) = log_of(capsys)
+    assert line["request_id"] == "r-7" and line["level"] == "ERROR"
+    assert "POST" in line["message"] and "KeyError: 'hunter2'" in line["traceback"]
+
+
+def test_unknown_urls_and_wrong_methods_are_problem_details_where_mest_owns_the_application(router):
+    router.route("it")(lambda: {})
+    client = client_of(router)
+    missing, wrong = client.get("/nowhere"), client.get("/it")
+    assert (missing.status_code, missing.json["title"]) == (404, "Not Found")
+    assert (wrong.status_code, set(wrong.headers["Allow"].split(", "))) == (405, {"OPTIONS", "POST"})
+    for response in (missing, wrong):
+        assert response.content_type == "application/problem+json"
+        assert response.json["request_id"] == response.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize("sent", ["", "x" * 129, "a b", "a\tb", "<script>", "é"])
+def test_every_response_has_a_request_id_and_only_a_sane_one_is_taken_from_the_client(ask, sent):
+    send = ask({})
+    assert send(headers={"X-Request-Id": "job/7:3.a_b-c"}).headers["X-Request-Id"] == "job/7:3.a_b-c"
+    new = send(headers={"X-Request-Id": sent}).headers["X-Request-Id"]
+    assert re.fullmatch("[0-9a-f]{32}", new)
+    assert send().headers["X-Request-Id"] != new
+
+
+# Configuration
+
+
+def test_the_environment_beats_the_code():
+    environ = {"MEST_LISTEN_PORT": "8080", "MEST_WORKERS": "3", "MEST_LOG_LEVEL": "DEBUG", "MEST_THREADS": ""}
+    config = MestConfig("a", 8000, workers=2, environ=environ)
+    assert (config.listen_port, config.workers, config.log_level, config.threads) == (8080, 3, "DEBUG", 16)
+    assert config.local_model_directory_path == "_models"
+
+
+@pytest.mark.parametrize("field", MestConfig.FIELDS)
+def test_every_field_can_be_set_by_the_environment(field):
+    default, allowed, _ = MestConfig.FIELDS[field]
+    value = {range: allowed[-1], type: "elsewhere", tuple: allowed[-1]}[type(allowed)] if allowed is not str else "elsewhere"
+    config = MestConfig("a", 8000, environ={"MEST_" + field.upper(): str(value)})
+    assert getattr(config, field) == value != default
+
+
+@pytest.mark.parametrize(
+    "fields, environ, message",
+    [
+        ({"listen_port": 70000}, {}, "listen_port is 70000; it must be an integer from 0 to 65535 (TCP port"),
+        ({"listen_port": True}, {}, "listen_port is True"),
+        ({"listen_port": 80.5}, {}, "listen_port is 80.5"),
+        ({}, {"MEST_WORKERS": "two"}, "MEST_WORKERS is 'two'; it must be an integer from 1 to 1024"),
+        ({}, {"MEST_LOG_LEVEL": "LOUD"}, "MEST_LOG_LEVEL is 'LOUD'; it must be DEBUG or INFO or WARNING"),
+        ({"prot": 1}, {}, "MestConfig has no 'prot', only listen_port, local_model_directory_path"),
+        ({"local_model_directory_path": 5}, {}, "local_model_directory_path is 5; it must be text"),
+        ({"service_name": ""}, {}, "service_name is ''; it must be"),
+        ({"service_name": "a\nb"}, {}, "service_name is 'a\\nb'; it must be"),
+        ({"models_instances": Doubler}, {}, "it must be a list of models"),
+        ({"models_instances": [Doubler]}, {}, "models_instances has <class"),
+        ({"models_instances": [Doubler(), 5]}, {}, "models_instances has 5; it must be an instance of GenericModel"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_field_and_what_is_allowed(fields, environ, message):
+    with pytest.raises(MestError) as caught:
+        MestConfig(**{"service_name": "a", "listen_port": 8000, **fields}, environ=environ)
+    assert message in str(caught.value)
+
+
+# Logging
+
+
+def test_the_logger_is_that_of_the_service_name_and_has_one_handler_however_often_it_is_set_up():
+    config = MestConfig("one-logger", 8000, environ={})
+    logger = Mest(config).logger
+    assert Mest(config).logger is logger is logging.getLogger("one-logger")
+    assert sum(isinstance(handler, mest.LogHandler) for handler in logger.handlers) == 1
+
+
+def test_a_log_line_is_a_json_object_where_stdout_is_no_terminal(route, capsys):
+    def handler():
+        flask.current_app.logger.info("two\nlines %s", "é")
+        return {}
+
+    route(handler)(headers={"X-Request-Id": "r-1"})
+    (line,) = log_of(capsys)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line.pop("time"))
+    assert line.pop("logger") in logging.root.manager.loggerDict
+    assert line == {"level": "INFO", "request_id": "r-1", "message": "two\nlines é"}
+
+
+def test_text_from_a_client_cannot_forge_a_line_or_drive_the_terminal(capsys):
+    logger = make(log_format="text").logger
+    try:
+        raise ValueError("first\n2026-01-01 INFO forged")
+    except ValueError:
+        logger.exception("a\nb\r\x1b[31m\u2028c")
+    first, *rest = capsys.readouterr().out.rstrip("\n").split("\n")
+    assert first.endswith(r"a\nb\r\x1b[31m\u2028c") and " ERROR " in first
+    assert rest and all(line.startswith("    ") for line in rest)
+
+
+def test_a_record_that_cannot_be_formatted_is_logged_as_such(mest_app, capsys):
+    class Mute:
+        def __str__(self):
+            raise RuntimeError("no text")
+
+    (handler,) = [h for h in mest_app.logger.handlers if isinstance(h, mest.LogHandler)]
+    for message, args in (("%d items", ("many",)), (Mute(), ())):
+        handler.handle(logging.LogRecord("a", logging.INFO, __file__, 7, message, args, None))
+    first, second = log_of(capsys)
+    assert first["message"].startswith("unreadable record of") and "test_mest.py" in first["message"]
+    assert "no text" in second["message"]
+
+
+def test_the_log_level_is_configurable(capsys):
+    make(log_level="WARNING").logger.info("silent")
+    make(log_level="DEBUG").logger.debug("heard")
+    assert [line["message"] for line in log_of(capsys)] == ["heard"]
+
+
+# JSON
+
+
+def test_a_request_is_decoded_strictly(ask):
+    send = ask({"x": {"nullable": True}, "n": {"type": "list"}})
+    for body, detail in {
+        b"": "empty",
+        b" ": "empty",
+        b'{"x": 1': "not valid JSON",
+        b"garbage": "not valid JSON",
+        b'{"x": "\xff"}': "not valid JSON",
+        b'{"x": NaN}': "NaN",
+        b'{"x": [-Infinity]}': "-Infinity",
+        b'{"n": [1, 1e999]}': "not finite",
+        b'{"x": {"y": [-1e999]}}': "not finite",
+        b'{"x": ' + b"9" * 5000 + b"}": "not valid JSON",
+        b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": "nested deeper",
+        b'{"x": ' + b"[" * 150 + b"]" * 150 + b"}": "nested deeper than 100 levels",
+        b'{"x": ' + b'{"a":' * 150 + b"1" + b"}" * 150 + b"}": "nested deeper than 100 levels",
+        rb'{"x": "\ud800"}': "surrogate",
+        rb'{"\udc00": 1}': "surrogate",
+    }.items():
+        response = send(data=body, headers=JSON)
+        assert response.status_code == 400, (body[:40], response.json)
+        assert detail in response.json["detail"], body[:40]
+    for body in (b"null", b"[]", b'"x"', b"5", b"true"):
+        response = send(data=body, headers=JSON)
+        assert response.status_code == 422 and "send an object" in response.json["detail"]
+    assert send(data=rb'{"x": "\ud83d\ude00"}', headers=JSON).json == {"x": "\U0001f600"}
+    assert send(json={"x": 10**400}).json == {"x": 10**400}
+
+
+@pytest.mark.parametrize(
+    "result, text, content_type",
+    [
+        ({"b": 1, "a": [1.5, True, None]}, '{"b":1,"a":[1.5,true,null]}\n', "application/json"),
+        ([1, "é"], '[1,"é"]\n', "application/json"),
+        (3, "3\n", "application/json"),
+        (0.5, "0.5\n", "application/json"),
+        (False, "false\n", "application/json"),
+        (None, "null\n", "application/json"),
+        ('{"a": 1}', '{"a": 1}', "application/json"),
+        (" [1]", " [1]", "application/json"),
+        ("{not json", "{not json", "text/plain; charset=utf-8"),
+        ("5", "5", "text/plain; charset=utf-8"),
+        ("<b>hi</b>", "<b>hi</b>", "text/plain; charset=utf-8"),
+        (uuid.UUID(int=7), '"00000000-0000-0000-0000-000000000007"\n', "application/json"),
+    ],
+)
+def test_data_is_answered_as_json_and_text_as_text(result, text, content_type, answer):
+    result = {"id": result} if isinstance(result, uuid.UUID) else result
+    text = f'{{"id":{text.strip()}}}\n' if "id" in str(result)[:5] else text
+    response = answer(result)
+    assert (response.status_code, response.text, response.content_type) == (200, text, content_type)
+
+
+class Array:
+    """What numpy, torch and pandas have in common."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def tolist(self):
+        return self.value
+
+
+class Scalar:
+    def __init__(self, value):
+        self.value = value
+
+    def __hash__(self):
+        return 1
+
+    def item(self):
+        return self.value
+
+
+def test_arrays_and_their_scalars_are_converted_wherever_they_stand(answer):
+    assert answer(Array([1, 2])).text == "[1,2]\n"
+    assert answer(Scalar(3)).text == "3\n"
+    nested = {"a": [Array([[0.5]]), (Scalar(2),)], Scalar(7): {Scalar(8): Array([1])}}
+    assert answer(nested).text == '{"a":[[[0.5]],[2]],"7":{"8":[1]}}\n'
+
+
+def test_numpy_is_converted(answer):
+    numpy = pytest.importorskip("numpy")
+    result = {"p": numpy.float32(0.5), "n": numpy.int64(3), "v": numpy.arange(2), numpy.int64(1): numpy.bool_(True)}
+    assert answer(result).json == {"p": 0.5, "n": 3, "v": [0, 1], "1": True}
+
+
+def test_responses_tuples_and_generators_pass_through_as_in_flask(answer):
+    assert answer(({"a": 1}, 201, {"X-A": "b"})).headers["X-A"] == "b"
+    assert answer(("text", 202)).status_code == 202
+    assert answer((Array([1]), 202)).json == [1]
+    assert answer(flask.Response("mine", mimetype="text/csv")).mimetype == "text/csv"
+    assert answer(text for text in ("a", "b")).text == "ab"
+    assert answer(b"raw").data == b"raw"
+
+
+@pytest.mark.parametrize(
+    "result, reason",
+    [
+        ({"p": float("nan")}, "NaN"),
+        ([float("inf")], "NaN or infinity"),
+        (Array([float("nan")]), "NaN"),
+        ('{"p": NaN}', "NaN has no form in JSON"),
+        ({"s": {1, 2}}, "set"),
+        ({1, 2}, "set"),
+        (object(), "object"),
+    ],
+)
+def test_what_json_cannot_express_is_a_500_that_the_log_explains(answer, capsys, result, reason):
+    response = answer(result)
+    assert response.status_code == 500 and response.content_type == "application/problem+json"
+    (line,) = log_of(capsys)
+    assert reason in line["traceback"]
+
+
+# Parameters
+
+
+def test_the_body_wins_over_the_query_and_the_path_is_passed_along(router):
+    seen = {}
+
+    @router.route("/<word>/<int:n>/<other>")
+    @validate_params({"x": {"type": "integer"}, "y": {"type": "integer"}, "n": {"max": 9}, "word": {"type": "integer"}})
+    def handler(**params):
+        seen.update(params)
+
+    client = client_of(router)
+    assert client.post("/5/7/a?x=1&y=2", json={"x": 3, "n": 1}).status_code == 200
+    assert seen == {"x": 3, "y": 2, "n": 7, "word": 5, "other": "a"}
+    assert client.post("/5/10/a").json["errors"] == {"n": ["max value is 9"]}
+
+
+def test_parameters_come_from_the_query(ask):
+    schema = {
+        "n": {"type": "integer"}, "f": {"type": "float"}, "b": {"type": "boolean"}, "s": {"type": "string"},
+        "v": {"type": "list", "schema": {"type": "float"}}, "w": {"type": "list", "items": [{"type": "integer"}, {}]},
+        "either": {"type": ["boolean", "number"]}, "any": {},
+    }
+    send = ask(schema)
+    sent = send("?n=3&f=2.5e1&b=true&s=7&v=1&v=2.5&w=1&w=2&either=4&any=5", "GET")
+    assert sent.json == {
+        "n": 3, "f": 25.0, "b": True, "s": "7", "v": [1, 2.5], "w": [1, "2"], "either": 4, "any": "5"
+    }
+    assert send("?v=1", "GET").json == {"v": [1]}
+    assert send("", "GET").json == {}
+    for query, field in {"n=x": "n", "n=2.5": "n", "f=nan": "f", "f=1e999": "f", "b=maybe": "b", "v=1&v=x": "v",
+                         "n=1&n=2": "n", "n=": "n", "n=1_0": "n", "w=1&w=2&w=3": "w", "f=inf": "f"}.items():
+        response = send("?" + query, "GET")
+        assert response.status_code == 422 and list(response.json["errors"]) == [field], query
+
+
+def test_parameters_come_from_forms_and_files_arrive_as_bytes(ask):
+    send = ask({"n": {"type": "integer"}, "image": {"type": "binary"}, "tags": {"type": "list"}})
+    assert send(data={"n": "3", "tags": ["a", "b"]}).json == {"n": 3, "tags": ["a", "b"]}
+    lengths = ask({"image": {"type": "binary", "coerce": len}, "n": {}})
+    assert lengths(data={"image": (io.BytesIO(b"\x00\xff"), "a.png"), "n": "é"}).json["errors"]
+
+
+def test_a_file_is_given_to_the_handler_as_bytes(route):
+    handler = validate_params({"image": {"type": "binary"}, "n": {"type": "integer"}})(
+        lambda image, n: {"bytes": list(image), "n": n}
+    )
+    sent = route(handler)(data={"image": (io.BytesIO(b"\x00\xff"), "a.png"), "n": "4"})
+    assert sent.json == {"bytes": [0, 255], "n": 4}
+
+
+def test_the_form_that_a_hook_has_parsed_is_not_lost():
+    app = flask.Flask("host")
+    app.before_request(lambda: flask.request.form.get("csrf") and None)
+    host = make(app)
+    router = Router("v1")
+    router.route("it")(validate_params({"n": {"type": "integer"}, "f": {}})(lambda n, f: [n, len(f)]))
+    host.register_router("/", router)
+    client = app.test_client()
+    assert client.post("/it", data={"n": "3", "f": (io.BytesIO(b"abc"), "f")}).json == [3, 3]
+    assert client.post("/it", json={"n": 3, "f": "ab"}).json == [3, 2]
+
+
+def test_a_handler_may_read_the_body_again(route):
+    handler = validate_params({"n": {"type": "integer"}})(lambda n: flask.request.get_json())
+    assert route(handler)(json={"n": 3}).json == {"n": 3}
+    handler = validate_params({"n": {"type": "integer"}})(lambda n: flask.request.form)
+    assert route(handler)(data={"n": 3}).json == {"n": "3"}
+
+
+@pytest.mark.parametrize(
+    "sent, status, detail",
+    [
+        (dict(data=b"x", content_type="text/plain"), 415, "of type text/plain; send a JSON object"),
+        (dict(data=b"x"), 415, "without a Content-Type; send a JSON object"),
+        (dict(data=b"x", headers={**JSON, "Content-Encoding": "gzip"}), 415, "encoded with gzip; send it uncompressed"),
+        (dict(data=b"x", content_type="multipart/form-data"), 400, "not a valid form"),
+        (dict(data=b"x", content_type="multipart/form-data; boundary=b"), 400, "not a valid form"),
+        (dict(data=b"a=1&" * 1001, content_type="application/x-www-form-urlencoded"), 413, "more than 1000 fields"),
+        (dict(data=b"x" * 1001, headers=JSON), 413, "longer than 1000 bytes"),
+    ],
+)
+def test_a_body_that_cannot_be_taken_is_refused_with_what_to_send(router, sent, status, detail):
+    router.route("it")(validate_params(X)(lambda x: x))
+    limit = {} if detail.startswith("more") else {"max_body_bytes": 1000}
+    response = client_of(router, **limit).post("/it", **sent)
+    assert response.status_code == status and detail in response.json["detail"]
+
+
+def test_without_a_body_the_query_alone_gives_the_parameters(ask):
+    send = ask(X)
+    assert send("?x=3").json == {"x": 3}
+    assert send().json["errors"] == {"x": ["required field"]}
+    assert send("?x=3", "GET", headers=JSON).json == {"x": 3}
+
+
+def test_json_may_have_a_type_of_its_own_and_a_charset(ask):
+    send = ask(X)
+    for kind in ("application/json; charset=utf-8", "application/vnd.api+json", "Application/JSON"):
+        assert send(data=b'{"x": 1}', content_type=kind).json == {"x": 1}
+
+
+def test_the_handler_receives_what_cerberus_makes_of_the_parameters(ask):
+    schema = {
+        "a": {"rename": "b"},
+        "b": {"type": "integer", "coerce": int},
+        "c": {"default": 5},
+        "d": {"type": "dict", "purge_unknown": True, "schema": {"e": {"type": "float", "default": 1.5}}},
+        "n": {"nullable": True, "default": 1},
+    }
+    assert ask(schema)(json={"a": "3", "d": {"z": 1}, "n": None}).json == {"b": 3, "c": 5, "d": {"e": 1.5}, "n": None}
+
+
+def test_a_default_is_not_shared_between_requests(route):
+    def handler(v):
+        v["seen"].append(1)
+        return v
+
+    send = route(validate_params({"v": {"type": "dict", "default": {"seen": []}}})(handler))
+    assert [send().json for _ in range(2)] == [{"seen": [1]}] * 2
+
+
+def test_a_schema_that_its_owner_changes_later_is_not_affected(route):
+    schema = {"n": {"type": "integer"}}
+    send = route(validate_params(schema)(lambda n: n))
+    schema["n"]["type"] = "string"
+    assert send(json={"n": 3}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "schema, reason",
+    [
+        (None, "must be like"),
+        ([], "must be like"),
+        ({"a": 5}, "must be like"),
+        ({"a": None}, "must be like"),
+        ({"a": {"tpye": "float"}}, "unknown rule"),
+        ({"a": {"type": "flaot"}}, "Unsupported types: flaot"),
+        ({"a": {"regex": "("}}, "'(' is no regular expression"),
+        ({"a": {"type": "list", "schema": {"regex": "("}}}, "'(' is no regular expression"),
+        ({"a": {"anyof": [{"regex": "("}]}}, "'(' is no regular expression"),
+        ({"a": {"type": "float", "default": "x"}}, "the rules refuse 'x': ['must be of float type']"),
+        ({"a": {"default": None}}, "the rules refuse None: ['null value not allowed']"),
+        ({"a": {"type": "dict", "schema": {"b": {"max": 1, "default": 2}}}}, "['max value is 1']"),
+    ],
+)
+def test_a_mistake_in_a_schema_is_found_when_it_is_declared(schema, reason):
+    def handler(a):
+        pass
+
+    for declare in (validate_params(schema), lambda handler: Router("v1").add_predict_route(Doubler(), schema)):
+        with pytest.raises(MestError) as caught:
+            declare(handler)
+        assert reason in str(caught.value)
+    with pytest.raises(MestError, match=r"handler\(\): the schema"):
+        validate_params(schema)(handler)
+
+
+def test_an_example_that_the_schema_refuses_is_a_mistake():
+    with pytest.raises(MestError, match="the schema refuses its example: {'x': .'required field'.}"):
+        validate_params(X, example={})(print)
+
+
+def test_all_that_cerberus_takes_for_a_schema_is_taken():
+    cerberus.rules_set_registry.add("small", {"type": "integer", "max": 9})
+    validate_params({"a": "small", "b": {"type": "list", "schema": "small"}})(print)
+    validate_params({"a": {"default": 1, "required": True, "rename": "b"}, "b": {}})(print)
+    validate_params({"a": {"anyof_type": ["string", "integer"], "coerce": str, "default": 5}})(print)
+
+
+def test_errors_are_those_of_cerberus(ask):
+    schema = {
+        "a": {"type": "list", "schema": {"type": "dict", "schema": {"b": {"type": "integer", "required": True}}}},
+        "c": {"anyof": [{"type": "string"}, {"type": "integer", "max": 3}]},
+        "d": {"allowed": ["x"]},
+    }
+    document = {"a": [{"b": 1}, {}, {"b": "x", "e": 1}], "c": 9, "d": "y", "f": 1}
+    validator = cerberus.Validator(copy.deepcopy(schema))
+    assert not validator.validate(document)
+    assert ask(schema)(json=document).json["errors"] == json.loads(json.dumps(validator.errors))
+
+
+def leaves(errors):
+    if isinstance(errors, str):
+        return 1
+    return sum(map(leaves, errors.values() if isinstance(errors, dict) else errors))
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {str(i): 1 for i in range(2000)},
+        {"v": ["x"] * 2000},
+        {"rows": [{}] * 500},
+        {"rows": [{str(j): 1 for j in range(30)} for _ in range(30)]},
+    ],
+)
+def test_no_more_than_20_errors_are_reported_and_they_cost_little(ask, document):
+    rows = {"type": "list", "schema": {"type": "dict", "schema": {"a": {"required": True}}}}
+    send = ask({"v": {"type": "list", "schema": {"type": "float"}}, "rows": rows})
+    start = time.perf_counter()
+    errors = send(json=document).json["errors"]
+    assert leaves(errors) == 20
+    assert time.perf_counter() - start < 0.75  # Cerberus alone takes seconds
+
+
+@pytest.mark.parametrize("rule", [{"forbidden": ["a"]}, {"allowed": {"a"}}, {"contains": ["a"]}])
+def test_a_value_that_cerberus_stumbles_over_is_the_clients_mistake(ask, rule):
+    response = ask({"a": {"type": "list", **rule}})(json={"a": [{}]})
+    assert response.status_code == 422 and response.json["detail"]
+
+
+def test_a_failure_of_a_function_in_the_schema_is_the_services_mistake(ask, capsys):
+    def check(field, value, error):
+        return 1 / 0
+
+    assert ask({"a": {"check_with": check}})(json={"a": 1}).status_code == 500
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_coercion_cannot_smuggle_a_number_that_is_not_finite(ask):
+    send = ask({"a": {"coerce": float}})
+    assert send("?a=1.5").json == {"a": 1.5}
+    response = send("?a=nan")
+    assert response.status_code == 422 and "not finite" in response.json["detail"]
+
+
+def test_threads_do_not_share_a_validator(ask):
+    send = ask({"v": {"type": "list", "schema": {"type": "integer", "max": 9}}, "n": {"type": "integer"}})
+    wrong = []
+
+    def client(number):
+        for _ in range(50):
+            good, bad = send(json={"v": [number] * 5, "n": number}), send(json={"v": [10], "n": number})
+            if good.json != {"v": [number] * 5, "n": number} or bad.status_code != 422:
+                wrong.append((good.json, bad.json))
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert not wrong
+
+
+def test_no_input_at_all_is_a_500(ask):
+    schema = {
+        "v": {"type": "list", "schema": {"type": "float"}, "forbidden": [1]}, "s": {"type": "string", "regex": "a+"},
+        "d": {"type": "dict", "keysrules": {"regex": "a"}, "valuesrules": {"type": "number", "max": 3}}, "any": {},
+        "i": {"type": "integer", "allowed": [1, 2]}, "o": {"anyof": [{"type": "float"}, {"items": [{}, {}]}]},
+    }
+    send, rng = ask(schema), random.Random(1)
+    atoms = [None, True, 0, -1, 10**400, 1.5, -0.0, "", "a", "\x00", [], {}, [[]], {"a": {}}, [None], "\U0001f600"]
+
+    def value(depth=3):
+        kind = rng.randrange(4)
+        if depth == 0 or kind < 2:
+            return rng.choice(atoms)
+        items = [value(depth - 1) for _ in range(rng.randrange(4))]
+        return items if kind == 2 else {str(rng.choice(atoms)): item for item in items}
+
+    kinds = ["application/json", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b", "", "x/y", "\xff"]
+    for _ in range(400):
+        body = json.dumps({rng.choice([*schema, "z"]): value() for _ in range(3)}).encode()
+        if rng.random() < 0.5:
+            body = bytearray(body)
+            for _ in range(rng.randrange(3)):
+                body[rng.randrange(len(body))] = rng.randrange(256)
+        query = "?" + "&".join(f"{rng.choice([*schema])}={rng.choice(['1', '%ff', 'a', '', '%ed%a0%80', 'nan'])}" for _ in range(2))
+        response = send(query, data=bytes(body), headers={"Content-Type": rng.choice(kinds)})
+        assert response.status_code in (200, 400, 413, 415, 422), (body, query, response.text)
+
+
+# Models
+
+
+class Stages(GenericModel):
+    def __init__(self, payload, result="same"):  # without super().__init__()
+        self.payload, self.result = payload, result
+
+    def pre_process(self, **params):
+        return self.payload
+
+    def infer(self, *args, **kwargs):
+        return (args, kwargs) if self.result == "same" else self.result
+
+    def post_process(self, *args, **kwargs):
+        return args, kwargs
+
+
+def test_between_the_stages_a_dictionary_is_keywords_and_a_list_is_positions():
+    for value, passed in [
+        ({"a": 1}, ((), {"a": 1})), ([1, 2], ((1, 2), {})), ((1, 2), (((1, 2),), {})), ("ab", (("ab",), {})),
+        (None, ((None,), {})), ({}, ((), {})), ([], ((), {})),
+    ]:
+        assert Stages(value).predict() == ((passed,), {})
+        assert Stages(1, value).predict() == passed
+
+
+@pytest.mark.parametrize("result", [[1, 2], [1], [], {}, {1: 2}, (1,), None, 5, "ab"])
+def test_without_post_process_the_result_is_the_answer(result):
+    class Model(GenericModel):
+        def infer(self, **params):
+            return params["r"]
+
+    assert Model().predict(r=result) == result
+
+
+def test_a_model_is_loaded_once_init_has_been_carried_out_by_mest_or_by_hand():
+    class Other(GenericModel):
+        def init(self, directory_path):
+            self.weights = directory_path
+
+    by_mest, by_hand = Other(), Doubler()
+    assert not by_mest.is_loaded and not by_hand.is_loaded
+    by_hand.init("somewhere")
+    make(models=[by_mest]).setup()
+    assert by_mest.is_loaded and by_hand.is_loaded and by_hand.predict(x=2) == {"y": 4}
+    assert mest.MestModel is GenericModel
+
+
+def test_a_model_without_infer_says_so():
+    with pytest.raises(NotImplementedError, match="Bare has no infer"):
+        type("Bare", (GenericModel,), {})().predict()
+
+
+# Routes
+
+
+def test_a_predict_route_answers_with_the_model(router):
+    model = Doubler()
+    router.add_predict_route(model, X, example={"x": 1})
+    router.add_predict_route(model, X, url="again", method="GET")
+    router.add_predict_route(model, X, url="again", method="PUT")
+    mest_app = make(models=[model]).setup()
+    mest_app.register_router("/", router)
+    client = mest_app.app.test_client()
+    assert client.post("/predict", json={"x": 1.5}).json == {"y": 3.0}
+    assert client.get("/again?x=2").json == client.put("/again", json={"x": 2}).json == {"y": 4}
+    assert client.post("/predict", json={"x": "a"}).json["errors"] == {"x": ["must be of float type"]}
+
+
+def test_the_path_of_a_predict_route_gives_parameters_too(router):
+    power = types.SimpleNamespace(predict=lambda x, n: x**n)
+    router.add_predict_route(power, X, url="/power/<int:n>")
+    assert client_of(router).post("/power/3", json={"x": 2}).json == 8
+
+
+def test_a_model_that_is_not_loaded_is_a_500_and_the_log_says_what_to_call(router, capsys):
+    router.add_predict_route(Doubler(), X)
+    assert client_of(router).post("/predict", json={"x": 1}).status_code == 500
+    assert "is not loaded; call mest_app.setup()" in log_of(capsys)[-1]["traceback"]
+
+
+def test_anything_with_predict_can_be_behind_a_predict_route(router):
+    router.add_predict_route(types.SimpleNamespace(predict=lambda x: -x), X)
+    assert client_of(router).post("/predict", json={"x": 1}).json == -1
+    with pytest.raises(MestError, match="the predict route '/predict' of router 'v1' has the model 5; it must have"):
+        router.add_predict_route(5, X)
+
+
+def test_ping_names_the_service_and_says_when_it_is_shutting_down(router):
+    router.add_ping_route()
+    router.add_ping_route("/health")
+    mest_app = Mest(MestConfig("iris", 8000, environ={}))
+    mest_app.register_router("/", router)
+    client = mest_app.app.test_client()
+    assert client.get("/ping").json == client.get("/health").json == {"message": "iris is up"}
+    mest_app.draining = True
+    response = client.get("/ping")
+    assert (response.status_code, response.json["detail"]) == (503, "iris is shutting down.")
+
+
+def test_a_decorated_handler_comes_back_as_it_was(router):
+    def handler(a, b=2):
+        return a + b
+
+    assert router.route("/sum")(handler) is handler
+    checked = validate_params(X)(lambda x: x + 1)
+    assert router.route("/x", endpoint="x")(checked) is checked
+    assert checked(x=1) == checked(1) == 2
+
+
+def test_urls_are_relative_with_or_without_a_slash(router):
+    router.route("a", "GET")(lambda: "a")
+    router.route("/b/", "GET", endpoint="b")(lambda: "b")
+    for url in ("/v1", "v1", "/v1/", "v1/"):
+        client = client_of(router, url)
+        assert client.get("/v1/a").text == "a" and client.get("/v1/b/").text == "b"
+
+
+def test_route_takes_the_options_of_flask(router):
+    router.route("a", methods=["GET", "PUT"], defaults={"n": 5}, endpoint="named")(lambda n: {"n": n})
+    router.route("b", "DELETE", strict_slashes=False, endpoint="b")(lambda: flask.url_for("v1.named"))
+    client = client_of(router)
+    assert client.get("/a").json == client.put("/a").json == {"n": 5}
+    assert client.post("/a").status_code == 405
+    assert client.delete("/b/").text == "/a"
+
+
+def test_one_handler_may_have_several_routes(router):
+    @router.route("a")
+    @router.route("b")
+    def handler():
+        return "here"
+
+    client = client_of(router)
+    assert client.post("/a").text == client.post("/b").text == "here"
+
+
+def test_asynchronous_handlers_work_where_flask_can_run_them(router):
+    pytest.importorskip("asgiref")
+
+    @router.route("a")
+    @validate_params(X)
+    async def handler(x):
+        return x
+
+    assert client_of(router).post("/a", json={"x": 1}).json == 1
+
+
+@pytest.mark.parametrize("name", ["", "a.b", None, 5])
+def test_a_router_needs_a_name_that_flask_can_use(name):
+    with pytest.raises(MestError, match="must be text without dots"):
+        Router(name)
+
+
+def test_route_needs_an_url(router):
+    with pytest.raises(MestError, match="a route of router 'v1' has the url <function"):
+        router.route(lambda: None)
+
+
+def test_routes_added_after_the_registration_work_too(mest_app, router):
+    mest_app.register_router(url="/", router=router)
+    router.route("late")(lambda: "late")
+    router.add_ping_route()
+    assert mest_app.app.test_client().post("/late").text == "late"
+    assert mest_app.app.test_client().get("/ping").status_code == 200
+
+
+def test_a_router_may_be_registered_at_two_urls(mest_app, router):
+    router.route("a")(lambda: "a")
+    mest_app.register_router("/one", router)
+    mest_app.register_router("/two", router)
+    router.route("b", endpoint="b")(lambda: "b")
+    client = mest_app.app.test_client()
+    for url in ("/one", "/two"):
+        assert client.post(url + "/a").text == "a" and client.post(url + "/b").text == "b"
+
+
+def test_nothing_is_hidden_silently(mest_app, router):
+    def predict():
+        return 1
+
+    router.route("predict")(predict)
+    with pytest.raises(MestError, match="router 'v1' has two handlers named 'predict'; rename one"):
+        router.route("other")(type(predict)(predict.__code__, globals(), "predict"))
+    mest_app.register_router("/", router)
+    with pytest.raises(MestError, match="POST /predict of router 'v1' is a route already, of the endpoint 'v1.predict'"):
+        router.route("predict", endpoint="p2")(lambda: 2)
+    with pytest.raises(MestError, match="there are two routers named 'v1'"):
+        mest_app.register_router("/b", Router("v1"))
+    other = Router("v2")
+    mest_app.register_router("/", other)
+    router.route("/<int:a>/x", endpoint="p3")(lambda a: 3)
+    with pytest.raises(MestError, match="is a route already, of the endpoint 'v1.p3'"):
+        other.route("/<int:b>/x")(lambda b: 2)
+    with pytest.raises(MestError, match="is a route already"):
+        mest_app.register_router("/", router)
+    other.route("predict", "GET")(predict)
+    other.route("/<c>/x", endpoint="text")(lambda c: 4)
+    client = mest_app.app.test_client()
+    assert [client.post("/predict").json, client.get("/predict").json] == [1, 1]
+    assert [client.post("/5/x").json, client.post("/b/x").json] == [3, 4]
+
+
+def test_a_router_is_a_blueprint_for_an_application_without_mest(router, caplog):
+    app = flask.Flask("plain")
+    app.register_blueprint(router.blueprint, url_prefix="/v1")
+    router.add_ping_route()
+    router.add_predict_route(types.SimpleNamespace(predict=lambda x: 1 / x), X)
+    client = app.test_client()
+    assert client.get("/v1/ping").json == {"message": "plain is up"}
+    assert client.post("/v1/predict", json={"x": 2}).json == 0.5
+    assert client.post("/v1/predict", json={}).json["errors"] == {"x": ["required field"]}
+    assert client.post("/v1/predict", json={"x": 1}).headers["X-Request-Id"]
+    assert client.post("/v1/predict", json={"x": 0}).status_code == 500
+    assert "division by zero" in caplog.text
+
+
+def test_validate_params_works_on_a_plain_flask_route():
+    app = flask.Flask("plain")
+    app.post("/x")(validate_params(X)(lambda x: {"x": x}))
+    client = app.test_client()
+    assert client.post("/x", json={"x": 1}).json == {"x": 1}
+    response = client.post("/x", json={})
+    assert response.status_code == 422 and response.json["errors"] == {"x": ["required field"]}
+    assert response.content_type == "application/problem+json"
+
+
+# Application
+
+
+def test_mest_in_an_existing_application_leaves_that_as_it_was(router, capsys):
+    host = logging.getLogger("host-app")
+    host.addHandler(logging.NullHandler())
+    app = flask.Flask("host-app")
+    app.register_error_handler(404, lambda error: ("no page", 404))
+    app.get("/own")(lambda: "own")
+    app.get("/broken", endpoint="broken")(lambda: 1 / 0)
+    before = dict(app.config), list(host.handlers), host.level, logging.root.level
+    mest_app = make(app)
+    router.route("/none", "GET")(lambda: flask.abort(404, "nothing"))
+    mest_app.register_router("/ml", router)
+    client = app.test_client()
+    assert mest_app.app is app
+    assert client.get("/own").text == "own" and "X-Request-Id" not in client.get("/own").headers
+    assert client.get("/nowhere").text == "no page"
+    assert client.get("/broken").content_type.startswith("text/html")
+    response = client.get("/ml/none")
+    assert response.json["detail"] == "nothing" and response.headers["X-Request-Id"]
+    assert before == (dict(app.config), list(host.handlers), host.level, logging.root.level)
+
+
+def test_embedded_the_logging_of_the_host_is_used(caplog):
+    name = f"t{uuid.uuid4().hex}"
+    logger = Mest(MestConfig(name, 8000, environ={}), app=flask.Flask("host")).logger
+    assert not any(isinstance(handler, mest.LogHandler) for handler in logger.handlers)
+    logger.info("to the host")
+    assert "to the host" in caplog.text
+
+
+def test_an_application_has_one_mest():
+    app = flask.Flask("host")
+    make(app)
+    with pytest.raises(MestError, match="has a Mest already"):
+        make(app)
+    with pytest.raises(MestError, match="it must be a MestConfig"):
+        Mest("iris")
+    with pytest.raises(MestError, match="register_router takes url and router"):
+        make().register_router(Router("v1"), "/")
+
+
+def test_setup_loads_every_model_once_and_logs_how_long_it_took(capsys):
+    loaded = []
+
+    class Model(GenericModel):
+        def init(self, directory_path):
+            loaded.append((self, directory_path))
+
+    first, second = Model(), Model()
+    mest_app = make(models=[first, second, first], local_model_directory_path="somewhere")
+    assert mest_app.setup() is mest_app.setup() is mest_app
+    assert loaded == [(first, "somewhere"), (second, "somewhere")]
+    messages = [line["message"] for line in log_of(capsys)]
+    assert re.fullmatch(r"model Model loaded in \d+\.\d{3} s", messages[0])
+    assert re.fullmatch(r"model Model loaded in \d+\.\d{3} s", messages[1]) and len(messages) == 2
+
+
+@pytest.mark.parametrize("failure", [FileNotFoundError("weights.bin"), SystemExit(3)])
+def test_a_model_that_cannot_be_loaded_stops_the_setup_with_its_name(failure, tmp_path):
+    class Broken(GenericModel):
+        def init(self, directory_path):
+            raise failure
+
+    with pytest.raises(MestError) as caught:
+        make(models=[Broken()], local_model_directory_path="nowhere").setup()
+    assert str(caught.value).startswith(f"model Broken could not be loaded: {type(failure).__name__}: {failure}")
+    assert "local_model_directory_path is 'nowhere': no directory" in str(caught.value)
+    assert caught.value.__cause__ is failure
+    with pytest.raises(MestError) as caught:
+        make(models=[Broken()], local_model_directory_path=str(tmp_path)).setup()
+    assert "no directory" not in str(caught.value)
+
+
+# The module
+
+
+def test_the_documented_import_paths_lead_to_the_same_objects(project):
+    lines = [
+        "from mest.app.api import Router, validate_params", "from mest.app import Mest, MestConfig",
+        "from mest.models import GenericModel", "import mest.app, mest.app.api, mest.models",
+        "import mest, sys; assert mest.app.api.Router is mest.Router is Router and mest.app.Mest is Mest",
+        "assert mest.models.GenericModel is GenericModel is mest.GenericModel and 'gunicorn' not in sys.modules",
+    ]
+    for order in (lines, lines[1:] + lines[:1], lines[3:4] + lines):
+        source = "\n".join(sorted(order, key=lambda line: "assert" in line))
+        done = subprocess.run([sys.executable, "-W", "error", "-c", source], capture_output=True, text=True, env=environment())
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_copy_works_in_a_project_and_in_a_package_of_it(project):
+    (project.path / "service").mkdir()
+    for copied in ("mest.py", "service/mest.py"):
+        shutil.copy(HERE / "mest.py", project.path / copied)
+    project.write(app=APP)
+    (project.path / "service/__init__.py").touch()
+    packaged = APP.replace("from mest import", "from service.mest import")
+    packaged += "from service.mest.app.api import Router as R; assert R is Router\n"
+    (project.path / "service/app.py").write_text(packaged)
+    relative = APP.replace("from mest import", "from .mest import")
+    (project.path / "service/relative.py").write_text(relative)
+    for command, target in [
+        (["mest.py"], "app.py"), (["-m", "service.mest"], "service/app.py"), (["-m", "service.mest"], "service.app"),
+        (["service/mest.py"], "service/relative.py"), (["-m", "service.mest"], "service.relative:mest_app"),
+    ]:
+        for server in ("dev", "gunicorn"):
+            with project.serve("--app", target, "run", server, command=command, PYTHONPATH="") as running:
+                assert running.ask("/predict", {"x": 3}) [1] == b'{"y":6}\n', (command, target)
+
+
+# Serving
+
+
+@pytest.fixture(scope="module", params=["dev", "gunicorn"])
+def running(request, tmp_path_factory):
+    """APP on a real server, the same one for all tests that only ask it something."""
+    project = Project(tmp_path_factory.mktemp(request.param))
+    project.write(app=APP)
+    with project.serve("run", request.param, MEST_MAX_BODY_BYTES="1000000") as server:
+        yield server
+
+
+def test_a_server_predicts(running):
+    status, body, headers = running.ask("/predict", {"x": 3}, headers={**JSON, "X-Request-Id": "r1"})
+    assert (status, body, headers["X-Request-Id"]) == (200, b'{"y":6}\n', "r1")
+    assert running.ask("/ping")[0] == 200
+
+
+def test_a_model_is_loaded_once_however_it_is_served(running):
+    running.ask("/ping")
+    assert running.output.count("loading from _models") == 1
+    assert running.output.count("model Doubler loaded in") == 1
+
+
+def test_a_server_logs_failures_as_json_and_says_nothing_to_the_client(running):
+    status, body, headers = running.ask("/fail")
+    assert status == 500 and b"hunter2" not in body
+    found = running.wait_for(r'(\{.*"request_id": "%s".*\})' % headers["X-Request-Id"])
+    assert "hunter2" in json.loads(found.group(1))["traceback"]
+
+
+def framed(body, *headers, length=None):
+    length = len(body) if length is None else length
+    lines = ["POST /echo HTTP/1.1", "Host: a", "Content-Type: application/json", "Connection: close", *headers]
+    return "\r\n".join([*lines, *([f"Content-Length: {length}"] if length >= 0 else []), "", ""]).encode() + body
+
+
+def chunked(*chunks):
+    return b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in (*chunks, b""))
+
+
+def test_a_body_in_chunks_is_read_whole(running):
+    received = running.send(framed(chunked(b'{"x": [1', b", 2]}"), "Transfer-Encoding: chunked", length=-1))
+    assert received.startswith(b"HTTP/1.1 200") and received.endswith(b'{"x":[1,2]}\n')
+
+
+@pytest.mark.parametrize(
+    "sent, status, detail",
+    [
+        (framed(b'{"x": [1]}', length=50), 400, b"ended"),
+        (framed(b'{"x": [1]} ', length=12), 400, b"ended"),
+        (framed(b"5\r\n{zz\r\n", "Transfer-Encoding: chunked", length=-1), 400, b""),
+        (framed(b"zz\r\n{}\r\n", "Transfer-Encoding: chunked", length=-1), 400, b""),
+        (framed(b'{"x": [' + b" " * 1_000_000 + b"]}"), 413, b"longer than 1000000 bytes"),
+        (framed(chunked(b'{"x": []}', b" " * 999_999, b"]"), "Transfer-Encoding: chunked", length=-1), 413, b"longer"),
+        (framed(chunked(*[b" " * 9999] * 99, b'{"x": []}' + b" " * 9990), "Transfer-Encoding: chunked", length=-1), 200, b""),
+    ],
+)
+def test_a_body_of_a_wrong_length_is_refused(running, sent, status, detail):
+    received = running.send(sent)
+    assert received.startswith(b"HTTP/1.1 %d" % status) and detail in received, received[:300]
+
+
+def test_a_client_that_sends_far_too_much_reads_the_answer(running):
+    status, body, _ = running.ask("/echo", b"x" * 8_000_000)
+    assert (status, json.loads(body)["title"][:7]) == (413, "Request")
+
+
+def test_the_development_server_reloads_and_waits_while_the_application_is_broken(project):
+    project.write(app=APP)
+    with project.serve("run", "dev") as server:
+        assert server.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
+        steps = [("x +", 503, "SyntaxError"), (APP.replace("self.model = 2", "1 / 0"), 503, "ZeroDivision"),
+                 (APP.replace("self.model = 2", "self.model = 5"), 200, "loaded in")]
+        for number, (text, status, seen) in enumerate(steps, 1):
+            project.write(app=text)
+            os.utime(project.path / "app.py", (time.time() + number * 5,) * 2)
+            server.wait_for("(?s)" + "reloading.*" * number + seen)
+            assert server.ask("/predict", {"x": 3})[0] == status
+        assert server.ask("/predict", {"x": 3})[1] == b'{"y":15}\n'
+
+
+def test_the_debugger_needs_the_option_and_a_loopback_address(project):
+    project.write(app=APP)
+    for host in ("0.0.0.0", "192.0.2.1"):
+        done = project.mest("run", "dev", "--debug", "--no-reload", "--host", host)
+        assert done.returncode == 1 and f"--debug lets whoever reaches {host} run code" in done.stderr
+    with project.serve("run", "dev", "--debug", "--no-reload") as server:
+        assert b"hunter2" in server.ask("/fail")[1]
+    with project.serve("run", "dev", "--no-reload") as server:
+        assert b"hunter2" not in server.ask("/fail")[1]
+
+
+def test_the_file_itself_serves_on_loopback_when_it_ends_in_run(project):
+    project.write(app=APP + "mest_app.run()\n")
+    with project.serve(command=["app.py"], port=(), MEST_LISTEN_PORT="0") as server:
+        assert server.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
+        assert "http://127.0.0.1:" in server.output
+
+
+def test_a_file_that_ends_in_run_works_with_every_command(project):
+    project.write(app=APP + "mest_app.run()\n", test_it="from app import mest_app\ndef test_it(): assert mest_app\n")
+    for server in ("dev", "gunicorn"):
+        with project.serve("run", server) as running:
+            assert running.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
+            running.wait_for("the mest command runs the service")
+    assert "True" in project.mest("shell", stdin="doubler.is_loaded\n").stdout
+    assert "1 passed" in project.mest("test").stdout
+
+
+def test_gunicorn_takes_its_settings_from_the_code_the_environment_and_the_command_line(project):
+    project.write(app=APP.replace("8000,", "8000, workers=2, threads=3,"))
+    show = "--", "--print-config", "--check-config"
+
+    def settings(*args, **env):
+        text = project.mest("run", "gunicorn", *args, **env).stdout
+        return {name: value for name, value in re.findall(r"^(\w+) += (.*)$", text, re.M)}
+
+    shown = settings(*show)
+    assert (shown["bind"], shown["workers"], shown["threads"]) == ("['0.0.0.0:8000']", "2", "3")
+    shown = settings(*show, MEST_WORKERS="4", MEST_LISTEN_PORT="9", MEST_LISTEN_HOST="::1")
+    assert (shown["bind"], shown["workers"]) == ("['[::1]:9']", "4")
+    (project.path / "gunicorn.conf.py").write_text("workers = 5\nbacklog = 77\nbind = '127.0.0.1:1'\n")
+    shown = settings(*show, MEST_WORKERS="4")
+    assert (shown["bind"], shown["workers"], shown["backlog"]) == ("['127.0.0.1:1']", "5", "77")
+    shown = settings(*show, GUNICORN_CMD_ARGS="--workers 6")
+    assert shown["workers"] == "6"
+    shown = settings("--workers", "7", "--port", "8", *show, GUNICORN_CMD_ARGS="--workers 6")
+    assert (shown["bind"], shown["workers"], shown["threads"]) == ("['0.0.0.0:8']", "7", "3")
+    assert settings("--workers", "7", *show, "--workers", "8")["workers"] == "8"
+    wrong = project.mest("run", "gunicorn", "--", "app:app")
+    assert wrong.returncode == 2 and "app:app is no option; mest --app names the application" in wrong.stderr
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("failure", ["raise FileNotFoundError('weights.bin')", "raise SystemExit(1)"])
+@pytest.mark.parametrize("options", [(), ("--", "--preload")])
+def test_a_model_that_cannot_be_loaded_ends_gunicorn(project, workers, failure, options):
+    project.write(app=APP.replace("self.model = 2", failure))
+    done = project.mest("run", "gunicorn", "--port", "0", "--workers", workers, *options)
+    assert done.returncode == 1
+    lines = re.findall("^mest: model Doubler could not be loaded: .*", done.stderr, re.M)
+    assert 1 <= len(lines) <= int(workers)
+    assert failure in done.stderr and "mest.py" not in done.stderr
+
+
+def test_gunicorn_stops_cleanly_and_pings_say_so_meanwhile(project):
+    project.write(app=APP.replace("def fail():", "def fail():\n    import time; time.sleep(1); return 'late'"))
+    with project.serve("run", "gunicorn") as server:
+        server.ask("/ping")
+        keep = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+        keep.request("GET", "/ping")
+        keep.getresponse().read()
+        late = []
+        thread = threading.Thread(target=lambda: late.append(server.ask("/fail")))
+        thread.start()
+        keep.request("GET", "/ping")
+        keep.getresponse().read()
+        server.process.send_signal(signal.SIGTERM)
+        thread.join()
+        assert server.process.wait(PATIENCE) == 0
+        assert late[0][:2] == (200, b"late")
+        keep.close()
+
+
+# Command line
+
+
+def test_the_version_is_shown():
+    done = subprocess.run([sys.executable, HERE / "mest.py", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"mest {mest.__version__}\n"
+
+
+BROKEN = "import nosuchpackage\n"
+TWO = APP + "second = Mest(MestConfig('second', 8001))\ndel mest_app\n".replace("del mest_app", "first = mest_app; del mest_app")
+
+
+@pytest.mark.parametrize("command", [("run", "dev"), ("run", "gunicorn"), ("shell",)])
+@pytest.mark.parametrize(
+    "files, args, message",
+    [
+        ({}, [], r"mest: there is no application app.py in \S+; name it with --app or MEST_APP"),
+        ({}, ["--app", "nosuch.module"], r"mest: nosuch.module cannot be imported: ModuleNotFoundError: No module named"),
+        ({"app": BROKEN}, [], r"mest: app.py cannot be imported: ModuleNotFoundError: No module named 'nosuchpackage'"),
+        ({"app": "raise SystemExit(0)"}, [], r"mest: app.py cannot be imported: SystemExit: 0"),
+        ({"app": "x +"}, [], r"mest: app.py cannot be imported: SyntaxError: invalid syntax"),
+        ({"app": "x = 1"}, [], r"mest: app.py: it has no Mest; make one named mest_app"),
+        ({"app": TWO}, [], r"mest: app.py: its instances of Mest are second, first; .* --app app.py:NAME"),
+        ({"app": APP}, ["--app", "app.py:other"], r"mest: app.py: its instances of Mest are mest_app; "),
+        ({"app": APP.replace("8000", "70000")}, [], r"mest: \S+/app.py, line 13: listen_port is 70000"),
+    ],
+)
+def test_every_failure_is_one_clear_message(project, command, files, args, message):
+    project.write(**files)
+    done = project.mest(*args, *command)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.match(message, done.stderr.splitlines()[-1])
+    user_raised = "cannot be imported" in message and files
+    assert ("Traceback" in done.stderr or "SyntaxError" in done.stderr) == bool(user_raised)
+    assert "mest.py" not in done.stderr and "importlib" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["fly"], "invalid choice: 'fly'"), ([], "the following arguments are required: COMMAND"),
+        (["run"], "required: SERVER"), (["run", "dev", "--hots", "a"], "unrecognized arguments: --hots a"),
+        (["run", "dev", "--workers", "2"], "unrecognized arguments: --workers"),
+        (["shell", "--por", "1"], "unrecognized arguments"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(project, args, message):
+    done = project.mest(*args)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_wrong_option_names_itself(project):
+    project.write(app=APP)
+    done = project.mest("run", "dev", "--port", "70000")
+    assert done.returncode == 2
+    assert done.stderr.endswith("mest: error: --port is 70000; it must be an integer from 0 to 65535 (TCP port; 0 picks a free one)\n")
+
+
+def test_a_port_in_use_is_said(project):
+    project.write(app=APP)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        dev = project.mest("run", "dev", "--port", port)
+        assert dev.returncode == 1 and f"Port {port} is in use by another program" in dev.stderr
+        gunicorn = project.mest("run", "gunicorn", "--host", "127.0.0.1", "--port", port)
+        assert gunicorn.returncode == 1 and f"127.0.0.1:{port}: Address already in use; choose another --port" in gunicorn.stderr
+
+
+@pytest.mark.parametrize("package, command", [("gunicorn", ["run", "gunicorn"]), ("pytest", ["test"])])
+def test_a_package_that_is_not_installed_is_named(project, package, command):
+    project.write(app=APP, **{package: "raise ImportError('not installed')"})
+    done = project.mest(*command)
+    assert (done.returncode, done.stderr) == (1, f"mest: {package} is not installed: pip install {package}\n")
+
+
+def test_the_application_is_found_by_file_module_and_name(project):
+    project.write(service=APP.replace("mest_app", "only"), app=TWO)
+    (project.path / "pack").mkdir()
+    (project.path / "pack/__init__.py").touch()
+    (project.path / "pack/web.py").write_text("from . import __name__ as name; assert name == 'pack'\n" + APP)
+    for args, env in [
+        (["--app", "service.py"], {}), (["--app", "service"], {}), ([], {"MEST_APP": "service.py"}),
+        (["--app", str(project.path / "service.py")], {}), (["--app", "app.py:first"], {"MEST_APP": "nosuch.py"}),
+        (["--app", "pack/web.py"], {}), (["--app", "pack.web:mest_app"], {}),
+    ]:
+        done = project.mest(*args, "shell", stdin="print('name', mest_app.config.service_name)\n", **env)
+        assert "name doubler" in done.stdout, (args, done.stderr)
+    after = project.mest("shell", "--app", "service.py", stdin="1\n")
+    assert after.returncode == 0
+
+
+def test_the_shell_has_the_service_at_hand(project):
+    project.write(app=APP, startup="started = 'yes'\n")
+    lines = "print(doubler.predict(x=4), started)\nprint(client.get('/ping').json, app.name)\n"
+    lines += "import flask; print(flask.current_app.name, mest_app.config.listen_port)\n"
+    done = project.mest("shell", stdin=lines, PYTHONSTARTUP=str(project.path / "startup.py"))
+    assert done.returncode == 0
+    for text in ("{'y': 8} yes", "{'message': 'doubler is up'} doubler", "doubler 8000"):
+        assert text in done.stdout
+    assert "mest_app, app, client, doubler" in done.stderr
+
+
+def test_mest_test_runs_pytest_with_its_arguments_and_exit_code(project):
+    project.write(test_a="def test_one(): pass\ndef test_two(): assert 0\n", app="import nosuchpackage")
+    assert project.mest("test").returncode == 1
+    done = project.mest("test", "-k", "one", "-v")
+    assert done.returncode == 0 and "test_one PASSED" in done.stdout and "1 deselected" in done.stdout
+    assert project.mest("test", "test_a.py::test_two").returncode == 1
+    assert project.mest("test", "-k", "nothing").returncode == 5
+    assert project.mest("test", "--nosuch").returncode == 4
+
+
+# The project's files
+
+README = (HERE / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module", params=["dev", "gunicorn"])
+def example(request, tmp_path_factory):
+    project = Project(tmp_path_factory.mktemp("example"))
+    with project.serve("--app", str(HERE / "example_app.py"), "run", request.param) as server:
+        yield server
+
+
+def test_the_example_answers_as_the_readme_says(example):
+    (curl,) = [block for block in blocks("sh") if block.startswith("curl")]
+    url, header, body = re.search(r"8000(\S+) -H '(.*)' -d '(.*)'", curl).groups()
+    status, answer, _ = example.ask(url, body.encode(), headers=dict([header.split(": ")]))
+    assert (status, answer.decode()) == (200, blocks("json")[0])
+    status, answer, _ = example.ask(url, {"flower": ["a", 3.5, 1.4, 0.2]})
+    shown = json.loads(blocks("json")[1].replace("\n", ""))
+    answer = json.loads(answer)
+    assert status == 422 and [*answer] == [*shown] and answer["errors"] == shown["errors"]
+    assert example.ask("/species/setosa?decimals=1")[1] == b'{"weights":[-0.4,2.1,-4.3,-2.0,14.3]}\n'
+    assert example.ask("/species/rose")[0] == 404 and example.ask("/ping")[0] == 200
+
+
+def test_the_first_service_of_the_readme_and_of_the_module_serve(project):
+    in_module = re.search(r"\n\n((?:    .*\n|\n)+?)\nThe path", mest.__doc__).group(1).replace("\n    ", "\n")
+    for source in (blocks("python")[0], in_module.replace("    from", "from", 1)):
+        project.write(app=source)
+        assert len(source.splitlines()) <= 16
+        with project.serve("run", "dev") as server:
+            assert server.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
+
+
+def test_the_other_code_of_the_readme_works(tmp_path):
+    model, routes, embedded = blocks("python")[1:]
+    (tmp_path / "words.json").write_text('{"good": 2, "bad": -1}')
+    names = {**vars(mest), "json": json, "flask": flask, "__name__": "readme"}
+    exec(model, names)
+    sentiment = names["sentiment"] = names["Sentiment"]()
+    mest_app = names["mest_app"] = make(models=[sentiment], local_model_directory_path=str(tmp_path)).setup()
+    exec(routes, names)
+    exec(embedded, names)
+    for client, prefix in ((mest_app.app.test_client(), ""), (names["app"].test_client(), "/ml")):
+        answer = client.post(prefix + "/sentiment", json={"text": "Good bad"})
+        assert answer.json == {"sentiment": "good", "score": 1}
+        assert client.get(prefix + "/words/bad?default=3").json == {"score": -1}
+        assert client.get(prefix + "/ping").status_code == 200
+    assert names["app"].test_client().post("/orders", json={"count": 2}).json == {"ordered": 2}
+
+
+def test_the_configuration_table_of_the_readme_is_that_of_the_code():
+    rows = re.findall(r"^\| `(\w+)` \| `?(.*?)`? ?\| (.*) \|$", README.split("## Configuration")[1], re.M)
+    fields = {name: (str(default), text) for name, (default, _, text) in MestConfig.FIELDS.items()}
+    assert {name: (default, text) for name, default, text in rows} == fields
+
+
+def test_the_wheel_holds_the_module_and_nothing_else(tmp_path):
+    for name in ("mest.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "test_mest.py", "example_app.py"):
+        shutil.copy(HERE / name, tmp_path / name)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "wheel", tmp_path]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
+        metadata = archive.read(f"{info}/METADATA").decode()
+        commands = archive.read(f"{info}/entry_points.txt").decode()
+    assert [name for name in names if not name.startswith(info)] == ["mest.py"]
+    assert info == f"mest-{mest.__version__}.dist-info" and "mest = mest:main" in commands
+    needed = re.findall(r"^Requires-Dist: ([a-z]+)(?!.*extra)", metadata, re.M | re.I)
+    assert sorted(needed) == ["cerberus", "flask", "gunicorn"]
+
+
+def test_the_example_is_short():
+    assert len((HERE / "example_app.py").read_text().splitlines()) <= 60
