@@ -45,9 +45,12 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qsl
@@ -104,6 +107,7 @@ def as_problem(error: Exception, logger: logging.Logger) -> HTTPException:
     """
     if not isinstance(error, HTTPException):
         logger.error("%s %s failed: %r", request.method, request.path, error, exc_info=error)
+        flask.got_request_exception.send(current_app._get_current_object(), exception=error)
         return Problem(500, "The service failed. Its log says why, under this request_id.")
     if isinstance(error, Problem) or error.response is not None or (error.code or 0) < 400:
         return error
@@ -146,12 +150,14 @@ class MestConfig:
         "workers": (1, range(1, 1025), "processes under gunicorn, each with its own models"),
         "threads": (16, range(1, 1025), "requests that each process answers at once"),
         "max_body_bytes": (2**24, range(1, 2**40), "bytes, the largest body of a request"),
+        "max_queued_requests": (512, range(1, 10**6), "requests that wait for a model, a process"),
+        "request_timeout": (60, range(1, 86401), "seconds that a request waits for the model"),
         "log_level": ("INFO", ("DEBUG", "INFO", "WARNING", "ERROR"), "least severity logged"),
         "log_format": ("auto", ("auto", "json", "text"), "auto is text on a terminal, else json"),
     }
 
     def __init__(
-        self, service_name: str, listen_port: int, models_instances: Sequence[Any] = (),
+        self, service_name: str, listen_port: int = 8000, models_instances: Sequence[Any] = (),
         local_model_directory_path: str = "_models", *,
         environ: Mapping[str, str] = os.environ, **fields: Any,
     ):
@@ -165,6 +171,9 @@ class MestConfig:
             if isinstance(model, type) or not callable(getattr(model, "init", None)):
                 needed = "an instance of GenericModel, or another object with init(directory_path)"
                 raise MestError(f"models_instances has {model!r}; it must be {needed}")
+            for name in ("max_batch_size", "max_concurrency"):
+                if type(count := getattr(model, name, 1)) is not int or count < 1:
+                    raise MestError(f"{name} of {model!r} is {count!r}; it must be an integer above 0")
         self.service_name, self.models_instances = service_name, models_instances
         fields["listen_port"] = listen_port
         fields["local_model_directory_path"] = local_model_directory_path
@@ -179,13 +188,15 @@ class MestConfig:
         """Return what a value, or the text for it, means for the field, or raise a MestError."""
         _, allowed, meaning = cls.FIELDS[name]
         if isinstance(allowed, range):
-            value = int(value) if re.fullmatch("[0-9]{1,18}", str(value)) else value
-            fits, words = value in allowed, f"an integer from {allowed[0]} to {allowed[-1]}"
+            if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
+                value = int(value)
+            fits = type(value) is int and value in allowed
+            words = f"an integer from {allowed[0]} to {allowed[-1]}"
         elif allowed is str:
             fits, words = isinstance(value, (str, Path)), "text"
         else:
             fits, words = value in allowed, " or ".join(allowed)
-        if not fits or isinstance(value, bool):
+        if not fits:
             raise MestError(f"{source} is {value!r}; it must be {words} ({meaning})")
         return value
 
@@ -224,22 +235,21 @@ class LogHandler(logging.StreamHandler):
         if self.log_format == "json" or self.log_format == "auto" and not sys.stdout.isatty():
             return json.dumps({**line, "traceback": trace} if trace else line)
         lines = [" ".join(line.values()), *trace.splitlines()]
-        return "\n    ".join(text.translate(CONTROLS) for text in lines)
+        text = "\n    ".join(text.translate(CONTROLS) for text in lines)
+        encoding = sys.stdout.encoding or "utf-8"
+        return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def set_up_logging(config: MestConfig, embedded: bool) -> logging.Logger:
-    """Return `logging.getLogger(service_name)`, with its level and one handler set.
+def set_up_logging(config: MestConfig) -> logging.Logger:
+    """Return `logging.getLogger(service_name)` with its level and one handler, which are set anew.
 
-    It does not propagate, so that a line is written once whatever else the process logs. Embedded
-    in an application that has set up logging it is left to that. Calling it again is harmless.
+    It does not propagate, so that a line is written once whatever else the process logs.
     """
     logger = logging.getLogger(config.service_name)
     others = [handler for handler in logger.handlers if not isinstance(handler, LogHandler)]
-    if not embedded or others != logger.handlers or not logger.hasHandlers():
-        logger.handlers = [*others, LogHandler(config.log_format)]
-        logger.propagate = False
-    if not embedded or logger.level == logging.NOTSET:
-        logger.setLevel(config.log_level)
+    logger.handlers = [*others, LogHandler(config.log_format)]
+    logger.propagate = False
+    logger.setLevel(config.log_level)
     return logger
 
 
@@ -250,7 +260,7 @@ MAX_DEPTH = 100
 
 
 def decode_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object (RFC 8259) in a body, strictly: UTF-8, finite numbers, bounded depth.
+    """Return the JSON object (RFC 8259) in a body, which must be UTF-8 and free of NaN.
 
     Raises:
         Problem: 400, or 422 where it is JSON but no object, saying what is wrong.
@@ -266,8 +276,6 @@ def decode_object(body: bytes) -> dict[str, Any]:
         raise Problem(400, f"The body is nested deeper than {MAX_DEPTH} levels.") from None
     except (ValueError, ArithmeticError) as error:
         raise Problem(400, f"The body is not valid JSON: {error}.") from None
-    if fault := fault_of(value):
-        raise Problem(400, f"The body {fault}.")
     if not isinstance(value, dict):
         raise Problem(422, "The body is JSON, but no object; send an object with the parameters.")
     return value
@@ -277,15 +285,20 @@ def _refuse_constant(name: str) -> None:
     raise ArithmeticError(f"{name} has no form in JSON")
 
 
+def is_finite(value: Any) -> bool:
+    return type(value) not in (int, float) or -sys.float_info.max <= value <= sys.float_info.max
+
+
 def fault_of(value: Any) -> str | None:
     """Return why a decoded value is unfit for use, its depth or a number not finite, or None."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        if any(type(item) is float and not math.isfinite(item) for item in level):
-            return "contains a number that is not finite"
-        groups = [item for item in level if isinstance(item, (dict, list))]
-        if not groups:
+        types = set(map(type, level))
+        if types & {int, float} and not all(is_finite(item) for item in level):
+            return "contains a number that is not finite, or too large for a float"
+        if not types & {dict, list}:
             return None
+        groups = [item for item in level if isinstance(item, (dict, list))]
         groups = [group.values() if isinstance(group, dict) else group for group in groups]
         level = list(itertools.chain.from_iterable(groups))
     return f"is nested deeper than {MAX_DEPTH} levels"
@@ -320,7 +333,7 @@ def _dumps(value: Any) -> str:
     try:
         return json.dumps(value, default=_plain, allow_nan=False, **compact)
     except ValueError as error:
-        raise ArithmeticError(f"the result contains NaN or infinity: {error}") from None
+        raise ArithmeticError(f"{error}; NaN and infinity have no form in JSON") from None
 
 
 def _plain(value: Any) -> Any:
@@ -382,14 +395,18 @@ def convert_text(text: Any, rules: Any) -> Any:
         value = json.loads(text.lower(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return text
-    fits = not TYPES_OF_JSON.get(type(value), set()).isdisjoint(types) and abs(value) != math.inf
+    fits = not TYPES_OF_JSON.get(type(value), set()).isdisjoint(types) and is_finite(value)
     return value if fits else text
 
 
+def resolved(rules: Any) -> Mapping:
+    """Return a set of rules, which a schema may give by its name in Cerberus's registry, or not."""
+    return (cerberus.rules_set_registry.get(rules) if isinstance(rules, str) else rules) or {}
+
+
 def types_of(rules: Any) -> Sequence[str]:
-    """Return the types that a set of rules allows; a schema may give it by its name."""
-    rules = cerberus.rules_set_registry.get(rules) if isinstance(rules, str) else rules
-    types = (rules or {}).get("type", ())
+    """Return the types that a set of rules allows."""
+    types = resolved(rules).get("type", ())
     return (types,) if isinstance(types, str) else types
 
 
@@ -397,6 +414,51 @@ class Validator(cerberus.Validator):
     """Cerberus's validator for documents from strangers. It is not thread-safe: one a document."""
 
     _valid_schemas: set = set()  # Cerberus's own would hold schemas that passed without our checks
+
+    def validate(self, document: Any, *args: Any, **kwargs: Any) -> bool:
+        return super().validate(self._trimmed(document), *args, **kwargs)
+
+    __call__ = validate
+
+    def normalized(self, document: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().normalized(self._trimmed(document), *args, **kwargs)
+
+    def _trimmed(self, document: Any) -> Any:
+        """Return the document with no more unknown fields than are reported."""
+        if self.allow_unknown or not isinstance(self.schema, Mapping):
+            return document
+        surplus = [*document.keys() - self.schema.keys()][MAX_ERRORS:]
+        return {k: document[k] for k in document.keys() - surplus} if surplus else document
+
+    def _check_of(self, rules: Any) -> Check:
+        """Return the check of a list of items, kept for all requests with the rules that it is of."""
+        checks = self._config.setdefault("checks", {})
+        if id(rules) not in checks:
+            checks[id(rules)] = rules, Check({"items": {"type": "list", "schema": rules}})
+        return checks[id(rules)][1]
+
+    def _doubtful(self, rules: Any, items: list) -> Iterator[tuple[int, Any]]:
+        """Yield the items, after their indexes, that the check of their rules does not find right."""
+        check = self._check_of(rules)
+        for start in range(0, len(items), 1000):
+            part = items[start : start + 1000]
+            if check({"items": part}) is None:
+                for index, item in enumerate(part, start):
+                    if check({"items": [item]}) is None:
+                        yield index, item
+
+    def _validate_schema(self, schema: Any, field: str, value: Any) -> None:
+        """{'type': ['dict', 'string'], 'anyof': [{'check_with': 'schema'}, {'check_with': 'bulk_schema'}]}"""
+        if not isinstance(value, list):
+            return super()._validate_schema(schema, field, value)
+        doubtful, found = self._doubtful(schema, value), 0
+        while found < MAX_ERRORS and (items := dict(itertools.islice(doubtful, MAX_ERRORS))):
+            super()._validate_schema(dict.fromkeys(items, schema), field, items)
+            found = sum(len(error.child_errors or ()) for error in self._errors)
+
+    def _BareValidator__normalize_sequence_per_schema(self, field: str, mapping: dict, schema: dict):
+        if self._check_of(schema[field]["schema"]).normalizes:
+            super()._BareValidator__normalize_sequence_per_schema(field, mapping, schema)
 
     def _error(self, *args: Any) -> None:
         if len(self._errors) >= MAX_ERRORS:
@@ -422,13 +484,164 @@ def _check_default(rule: str, default: Any, error: Callable) -> None:
     rules = error.__self__.document.items()  # those that the default stands among
     others = ("default", "readonly", "rename", "rename_handler", "dependencies", "excludes")
     validator = Validator({"it": {rule: value for rule, value in rules if rule not in others}})
-    if not validator.validate({"it": default}):
-        error(rule, f"the rules refuse {default!r}: {validator.errors['it']}")
+    if not validator.validate({"it": default}) or fault_of(default):
+        error(rule, f"the rules refuse {default!r}: {validator.errors.get('it') or 'not finite'}")
+
+
+def _check_schema(rule: str, schema: Any, error: Callable) -> None:
+    types = types_of(error.__self__.document)
+    fields = isinstance(schema, dict) and all(isinstance(rules, dict) for rules in schema.values())
+    if types == ("list",) and fields and schema.keys() - Validator.rules.keys():
+        error(rule, "for a list it must be the rules of an item, like {'type': 'dict', 'schema': …}")
+    if types == ("dict",) and not fields and isinstance(schema, dict):
+        error(rule, "for a dict it must be fields with their rules; those of any value are valuesrules")
 
 
 # What Cerberus would find out only when a document meets the rule.
 Validator.rules["regex"]["check_with"] = _check_regex
 Validator.rules["default"]["check_with"] = _check_default
+Validator.rules["schema"]["check_with"] = _check_schema
+
+
+#: What Cerberus's types are in JSON and in forms.
+NUMBERS = {int, float, bool}
+TYPES = {
+    "binary": {bytes, bytearray}, "boolean": {bool}, "dict": {dict}, "float": NUMBERS,
+    "integer": {int, bool}, "list": {list}, "number": {int, float}, "string": {str},
+}
+#: When a rule with the constraint {c} refuses the value {v}, or all those that {low} to {high} span
+#: and {each} has.
+REFUSALS = {
+    "empty": "not {v}", "minlength": "len({v}) < {c}", "maxlength": "len({v}) > {c}",
+    "regex": "not {c}.match({v})", "min": "{low} < {c}", "max": "{high} > {c}",
+    "allowed": "not {c}.issuperset({each})", "forbidden": "not {c}.isdisjoint({each})",
+}
+NEUTRAL = {"type", "required", "nullable", "default", "meta"}
+SIZES, SETS, RANGES = {"empty", "minlength", "maxlength"}, {"allowed", "forbidden"}, {"min", "max"}
+
+
+class Uncheckable(Exception):
+    """A schema that is left to Cerberus."""
+
+
+class Check:
+    """A schema as a Python function of a document, made of built-ins that run in C.
+
+    It returns the normalized document, or None where it is not sure that Cerberus would accept it.
+    The methods write statements, indented so deep, about what a variable holds. They pass on what
+    Cerberus inherits: are unknown fields allowed, and all known ones required?
+    """
+
+    def __init__(self, schema: Mapping):
+        self.lines = ["def check(document):", " defaults = []"]
+        self.names = {"MISSING": object(), "isfinite": math.isfinite, "fault_of": fault_of}
+        self.names["deepcopy"] = copy.deepcopy
+        try:
+            self.fields(1, "document", schema, False, False)
+            self.lines.append(" for place, key, value in defaults: place[key] = deepcopy(value)")
+            exec("\n".join([*self.lines, " return document"]), self.names)
+        except (Uncheckable, TypeError, SyntaxError):  # SyntaxError: nested too deep for Python
+            self.names["check"] = None
+        self.function = self.names["check"]
+        #: Whether Cerberus may change what it accepts.
+        self.normalizes = self.function is None or any("defaults.append" in line for line in self.lines)
+
+    def __call__(self, document: dict) -> dict | None:
+        try:
+            return self.function and self.function(document)
+        except (TypeError, OverflowError):  # of a built-in
+            return None
+
+    def name(self, constant: Any = None) -> str:
+        """Return a new name, for a constant or else for a variable."""
+        name = f"_{len(self.names)}"
+        self.names[name] = constant
+        return name
+
+    def refuse(self, depth: int, condition: str) -> None:
+        self.lines.append(" " * depth + f"if {condition}: return")
+
+    def apply(self, depth: int, rules: Mapping, v: str, low: str, high: str, each: str) -> None:
+        for rule in [rule for rule in REFUSALS if rule in rules]:
+            c = re.compile(rules[rule].removesuffix("$") + "$") if rule == "regex" else rules[rule]
+            c = self.name(frozenset(c) if rule in SETS else c)
+            self.refuse(depth, REFUSALS[rule].format(c=c, v=v, low=low, high=high, each=each))
+
+    def fields(self, depth: int, place: str, schema: Any, unknown: Any, require_all: Any) -> None:
+        """Write about the fields of a dictionary."""
+        if not isinstance(schema, Mapping) or not isinstance(unknown, bool):
+            raise Uncheckable
+        known = self.name(frozenset(schema))
+        others = f"[{place}[key] for key in {place}.keys() - {known}]"
+        self.refuse(depth, f"fault_of({others})" if unknown else f"not {known}.issuperset({place})")
+        for field, rules in schema.items():
+            (types, own), key, value = self.types(rules), self.name(field), self.name()
+            self.lines.append(" " * depth + f"{value} = {place}.get({key}, MISSING)")
+            if "default" in rules:
+                filled = Validator({field: {**rules, "required": False}}).normalized({})[field]
+                add = f"defaults.append(({place}, {key}, {self.name(filled)}))"
+                self.lines.append(" " * depth + f"if {value} is MISSING: {add}")
+            elif rules.get("required", require_all) is True:
+                self.refuse(depth, f"{value} is MISSING")
+            self.lines.append(" " * depth + f"if {value} is not MISSING:")
+            self.value(depth + 1, value, rules, unknown, require_all)
+
+    def types(self, rules: Any) -> tuple[set, set]:
+        """Return the types that a set of rules allows, and what other rules it has."""
+        if not isinstance(rules, Mapping) or not TYPES.keys() >= set(types_of(rules)):
+            raise Uncheckable
+        own = rules.keys() - NEUTRAL
+        kinds = types_of(rules) or (("float", "string") if own else TYPES)
+        return set().union(*(TYPES[kind] for kind in kinds)), own
+
+    def value(self, depth: int, value: str, rules: Any, *inherited: Any) -> None:
+        """Write about one value."""
+        types, own = self.types(rules)
+        if rules.get("nullable"):
+            self.lines.append(" " * depth + f"if {value} is not None:")
+            depth += 1
+        self.refuse(depth, f"type({value}) not in {self.name(types)}")
+        if types == {dict} and "schema" in own <= {"schema", "allow_unknown", "require_all"}:
+            inherit = [rules.get(rule, above) for rule, above in zip(("allow_unknown", "require_all"), inherited)]
+            self.fields(depth, value, rules["schema"], *inherit)
+            return
+        checked = SIZES | RANGES | SETS | {"regex"} 
+        if types == {dict}: checked = SIZES | {"keysrules", "valuesrules"}
+        elif types == {list}: checked = SIZES | SETS | ({"items"} if "items" in own else {"schema"})
+        elif types == {str}: checked = SIZES | SETS | RANGES | {"regex"}
+        elif types <= NUMBERS: checked = SETS | RANGES
+        elif types == TYPES["binary"]: checked = SIZES
+        else: checked = SETS if types <= NUMBERS | {str} else set()
+        if own - checked:
+            raise Uncheckable
+        self.apply(depth, rules, value, value, value, value if types == {list} else f"({value},)")
+        if types <= NUMBERS and not RANGES <= own:
+            self.refuse(depth, f"not isfinite({value})")
+        if "items" in own:
+            self.refuse(depth, f"len({value}) != {len(rules['items'])}")
+            for index, item_rules in enumerate(rules["items"]):
+                self.lines.append(" " * depth + f"{(item := self.name())} = {value}[{index}]")
+                self.value(depth, item, item_rules, *inherited)
+        for rule, part in (("schema", value), ("keysrules", f"[*{value}]"), ("valuesrules", f"[*{value}.values()]")):
+            if rule in own:
+                self.lines.append(" " * depth + f"{(items := self.name())} = {part}")
+                self.each(depth, items, rules[rule], *inherited)
+        if not own & {"items", "schema", "valuesrules"} and (types & {dict, list} or types & NUMBERS and str in types):
+            self.refuse(depth, f"fault_of({value})")
+
+    def each(self, depth: int, items: str, rules: Any, *inherited: Any) -> None:
+        """Write about every item of a list."""
+        types, own = self.types(rules)
+        plain = own <= SETS | RANGES and (types <= NUMBERS or types == {str})
+        if plain and not rules.get("nullable"):
+            self.lines.append(" " * depth + f"if {items}:")
+            self.refuse(depth + 1, f"not {self.name(types)}.issuperset(map(type, {items}))")
+            self.apply(depth + 1, rules, items, f"min({items})", f"max({items})", items)
+            if types <= NUMBERS and not RANGES <= own:
+                self.refuse(depth + 1, f"not isfinite(sum({items}))")
+        else:
+            self.lines.append(" " * depth + f"for {(item := self.name())} in {items}:")
+            self.value(depth + 1, item, rules, *inherited)
 
 
 class Parameters:
@@ -449,12 +662,16 @@ class Parameters:
             form = "{'field': {'type': 'float', 'required': True}}"
             raise MestError(f"{owner}: the schema is {schema!r}; it must be like {form}")
         try:
-            self.schema = Validator(copy.deepcopy(schema)).schema
+            self.schema = Validator(_copied(schema)).schema
         except Exception as error:  # Cerberus stumbles over some mistakes
             raise MestError(f"{owner}: the schema is wrong: {error}") from None
+        self.surely = Check(self.schema)
+        self._checks: dict = {}  # of lists within, as they are needed
+        if not isinstance(example, (dict, type(None))):
+            raise MestError(f"{owner}: the example is {example!r}; it must be a dictionary")
         self.example = example
         try:
-            self.check(example) if example is not None else None
+            self.check(copy.deepcopy(example)) if example is not None else None
         except Problem as problem:
             refused = problem.errors or problem.description
             raise MestError(f"{owner}: the schema refuses its example: {refused}") from None
@@ -463,7 +680,7 @@ class Parameters:
         """Return the fields of a query or form, converted from text to what their rules ask for."""
         document = {}
         for name, values in fields.items():
-            rules = self.schema.get(name)
+            rules = resolved(self.schema.get(name))
             if "list" in types_of(rules):
                 rest = itertools.repeat(rules.get("schema"))
                 items = itertools.chain(rules.get("items", ()), rest)
@@ -476,13 +693,13 @@ class Parameters:
         """Return the document as Cerberus normalizes it: with defaults, coerced, renamed.
 
         Raises:
-            Problem: 422 with Cerberus's errors.
+            Problem: 422 with Cerberus's errors, or 400 for numbers and depths that nobody can use.
         """
-        unknown = list(document.keys() - self.schema.keys())
-        if len(unknown) > MAX_ERRORS:
-            names = (document.keys() & self.schema.keys()).union(unknown[:MAX_ERRORS])
-            document = {name: document[name] for name in names}
-        validator = Validator(self.schema)
+        if (checked := self.surely(document)) is not None:
+            return checked
+        if fault := fault_of(document):
+            raise Problem(400, f"The body {fault}.")
+        validator = Validator(self.schema, checks=self._checks)
         try:
             valid = validator.validate(document)
         except Exception as error:
@@ -496,6 +713,13 @@ class Parameters:
         if fault := fault_of(validator.document):  # coercion may have made it
             raise Problem(422, f"A parameter {fault}.", errors={})
         return validator.document
+
+
+def _copied(schema: Any) -> Any:
+    """Return a schema that its owner cannot change, with his functions and objects themselves."""
+    if isinstance(schema, dict):
+        return {key: _copied(value) for key, value in schema.items()}
+    return [_copied(value) for value in schema] if isinstance(schema, list) else schema
 
 
 def _at_most(errors: Any, left: list[int]) -> Any:
@@ -512,16 +736,23 @@ def _at_most(errors: Any, left: list[int]) -> Any:
 
 
 class GenericModel:
-    """A model behind endpoints: subclass it with an `init` and an `infer`.
+    """A model behind endpoints: subclass it with an `init`, and an `infer` or an `infer_batch`.
 
-    `predict` runs the stages pre_process, infer and post_process, perhaps in several threads at
-    once. From stage to stage a dictionary is passed on as keyword arguments, a list as positional
-    arguments, and anything else as one argument.
+    `predict` runs the stages pre_process, infer and post_process. From stage to stage a dictionary
+    is passed on as keyword arguments, a list as positional arguments, and anything else as one
+    argument. The first and the last stage may run in several threads at once.
     """
 
     #: A place for what `init` loads.
     model: Any = None
+    #: How many requests `infer_batch` is given at once.
+    max_batch_size = 1
+    #: Seconds, at most, to wait for a batch to become as large as the one before it.
+    batch_timeout = 0.005
+    #: How many threads may be in `infer` or `infer_batch` at once.
+    max_concurrency = 1
     _initialised = False
+    _limits = MestConfig.FIELDS["max_queued_requests"][0], MestConfig.FIELDS["request_timeout"][0]
 
     @property
     def is_loaded(self) -> bool:
@@ -532,28 +763,159 @@ class GenericModel:
         """Load the model from the directory with its files, once in each process that serves."""
 
     def pre_process(self, **params: Any) -> Any:
-        """Return what `infer` works on, given the parameters of a request; by default just them."""
+        """Return the payload, what `infer` works on, of a request; by default its parameters."""
         return params
 
     def infer(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's result for what `pre_process` returned."""
-        raise NotImplementedError(f"{type(self).__name__} has no infer()")
+        """Return the model's result for a payload; by default that of a batch of one."""
+        payload = kwargs or (args[0] if len(args) == 1 else list(args))
+        (result,) = results_of(self, [payload])
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def infer_batch(self, payloads: list) -> Sequence:
+        """Return the results for the payloads of several requests, one each, in their order.
+
+        An exception among them is the answer to that request. If this raises, or returns another
+        number of results, the payloads are run one by one, so that only the faulty ones fail.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither infer() nor infer_batch()")
 
     def post_process(self, *args: Any, **kwargs: Any) -> Any:
         """Return the answer, given what `infer` returned; by default just that."""
 
     def predict(self, **params: Any) -> Any:
-        """Return the answer for the parameters of a request."""
-        result = _pass_on(self.pre_process(**params), self.infer)
+        """Return the answer for the parameters of a request.
+
+        Raises:
+            Problem: 503 if `max_queued_requests` wait already, 504 after `request_timeout`.
+        """
+        result = self._turns.run(self.pre_process(**params))
         if type(self).post_process is GenericModel.post_process:
             return result
-        return _pass_on(result, self.post_process)
+        return pass_on(result, self.post_process)
+
+    @property
+    def _turns(self) -> Turns:
+        key = f"_turns_{os.getpid()}"  # neither threads nor locks come through a fork
+        return vars(self).get(key) or vars(self).setdefault(key, Turns(self))
 
 
-def _pass_on(value: Any, stage: Callable) -> Any:
+def pass_on(value: Any, stage: Callable) -> Any:
+    """Return what a stage returns for the value of the one before it."""
     if isinstance(value, dict):
         return stage(**value)
     return stage(*value) if isinstance(value, list) else stage(value)
+
+
+def results_of(model: GenericModel, payloads: list) -> list:
+    """Return the result or the exception of each payload, none of which fails for another's sake."""
+    try:
+        results = list(model.infer_batch(payloads))
+        if len(results) == len(payloads):
+            return results
+        counts = f"{len(results)} results for {len(payloads)} payloads"
+        raise MestError(f"infer_batch of {type(model).__name__} returned {counts}")
+    except Exception as error:
+        if len(payloads) == 1 or isinstance(error, MemoryError):
+            return [error] * len(payloads)
+    return [results_of(model, [payload])[0] for payload in payloads]
+
+
+class Turns:
+    """Who uses a model when: callers in turn, or in batches that threads of its own carry out.
+
+    A thread takes what is queued, and waits until the batch is as large as the last one, for no
+    longer than `batch_timeout`: so a lone caller never waits, and a crowd fills the batches.
+    """
+
+    def __init__(self, model: GenericModel):
+        places, self.timeout = model._limits
+        batches = type(model).infer_batch is not GenericModel.infer_batch
+        self.batching = batches and model.max_batch_size > 1
+        self.model, self.queue = model, SimpleQueue()
+        self.places = threading.Semaphore(places)
+        self.free = threading.Semaphore(model.max_concurrency)
+        self.inside: set[int] = set()  # ids of the threads that run the model
+        self.threads: set[threading.Thread] = set()
+        self.lock = threading.Lock()
+
+    def run(self, payload: Any) -> Any:
+        """Return the model's result for a payload, once its turn has come."""
+        if threading.get_ident() in self.inside:  # the model calls itself
+            return pass_on(payload, self.model.infer)
+        if not self.batching:
+            return self.run_here(payload)
+        future = self.submit(payload)
+        try:
+            return future.result(self.timeout)
+        except FutureTimeoutError:
+            if future.done():
+                raise  # the model itself has raised it
+            future.cancel()
+            raise Problem(504, "The model did not answer in time.") from None
+
+    def run_here(self, payload: Any) -> Any:
+        self.enter()
+        with contextlib.ExitStack() as leaving:
+            leaving.callback(self.places.release)
+            if not self.free.acquire(timeout=self.timeout):
+                raise Problem(504, "The model was not free in time.")
+            leaving.callback(self.free.release)
+            self.inside.add(me := threading.get_ident())
+            leaving.callback(self.inside.discard, me)
+            return pass_on(payload, self.model.infer)
+
+    def submit(self, payload: Any) -> Future:
+        """Return the future result for a payload. If it is cancelled in time, none is computed."""
+        self.enter()
+        future: Future = Future()
+        future.add_done_callback(lambda _: self.places.release())
+        with self.lock:
+            while len(self.threads) < self.model.max_concurrency:
+                thread = threading.Thread(target=self.serve, daemon=True)
+                self.threads.add(thread)
+                thread.start()
+            self.queue.put((payload, future))
+        return future
+
+    def enter(self) -> None:
+        if not self.places.acquire(blocking=False):
+            raise Problem(503, "Too many requests wait for the model.", headers={"Retry-After": "1"})
+
+    def serve(self) -> None:
+        """Carry out batches, in a thread, until the model ends it: by sys.exit, for one."""
+        self.inside.add(me := threading.get_ident())
+        batch: list[tuple[Any, Future]] = []
+        try:
+            while True:
+                batch = self.next_batch(len(batch))
+                live = [item for item in batch if item[1].set_running_or_notify_cancel()]
+                results = results_of(self.model, [payload for payload, _ in live]) if live else []
+                for (_, future), result in zip(live, results):
+                    failed = isinstance(result, BaseException)
+                    (future.set_exception if failed else future.set_result)(result)
+        except BaseException as error:
+            with self.lock:
+                self.inside.discard(me)
+                self.threads.discard(threading.current_thread())
+                while not self.threads and not self.queue.empty():
+                    batch.append(self.queue.get())
+            ended = MestError(f"the thread of {type(self.model).__name__} has ended: {error!r}")
+            for _, future in batch:
+                with contextlib.suppress(InvalidStateError):  # it is done, or given up
+                    future.set_exception(ended)
+
+    def next_batch(self, size: int) -> list[tuple[Any, Future]]:
+        """Return what is queued, after a wait for so many."""
+        batch = [self.queue.get()]
+        deadline = time.monotonic() + self.model.batch_timeout
+        with contextlib.suppress(Empty):
+            while len(batch) < self.model.max_batch_size:
+                left = max(0.0, deadline - time.monotonic())
+                batch.append(self.queue.get(len(batch) < size, left))
+        return batch
 
 
 MestModel = GenericModel
@@ -569,6 +931,9 @@ def validate_params(schema: dict, example: dict | None = None) -> Callable[[Call
     variables of the path are passed along. Stands below `route`. Outside a request the handler can
     be called as if it were not decorated. The arguments are those of Parameters.
     """
+
+    if callable(schema):
+        raise MestError(f"{schema.__qualname__}(): write @validate_params({{…}}), with a schema")
 
     def decorate(handler: Callable) -> Callable:
         parameters = Parameters(schema, example, f"validate_params of {handler.__qualname__}()")
@@ -594,14 +959,15 @@ def read_parameters(parameters: Parameters, variables: dict[str, Any]) -> dict[s
     """
     headers, body = request.headers, read_body(service().config.max_body_bytes)
     kind, coding = headers.get("Content-Type", ""), headers.get("Content-Encoding", "")
-    values = decode_body(request.method, kind, coding, body)
-    fields = MultiDict(parse_qsl(request.query_string.decode("latin-1"), True)).to_dict(flat=False)
+    values = decode_body(request.method, kind, coding.lower(), body)
+    query = request.query_string.decode("utf-8", "replace")
+    fields = MultiDict(parse_qsl(query, keep_blank_values=True)).to_dict(flat=False)
     if values is None or "form" in vars(request):  # a form, which a hook may have parsed already
         if body and values is None and not (request.form or request.files):
             raise Problem(400, "The body is not a valid form.")
         fields |= request.form.to_dict(flat=False)
         fields |= {name: [file.read() for file in files] for name, files in request.files.lists()}
-    known = {name: [variables[name]] for name in variables.keys() & parameters.schema.keys()}
+    known = {name: [variables.pop(name)] for name in variables.keys() & parameters.schema.keys()}
     document = parameters.from_text(fields) | (values or {}) | parameters.from_text(known)
     return variables | parameters.check(document)
 
@@ -613,6 +979,8 @@ def read_body(limit: int) -> bytes:
         Problem: 413 if it is longer, 400 if it ends early or the server can make no sense of it.
     """
     length, body = request.content_length or 0, b""
+    limit = min(limit, request.max_content_length or limit)
+    request.max_form_memory_size = limit
     if length <= limit:
         request.max_content_length = limit + 1  # Werkzeug stops reading there, and says nothing
         try:
@@ -680,9 +1048,11 @@ class Router:
         """
         if not isinstance(url, str):
             raise MestError(f"a route of router {self.name!r} has the url {url!r}; it must be text")
+        if not isinstance(method, str):
+            raise MestError(f"the route {url} has the method {method!r}; several are methods=[…]")
 
         def decorate(handler: Callable) -> Callable:
-            name = options.get("endpoint", handler.__name__)
+            name = options.get("endpoint") or getattr(handler, "__name__", type(handler).__name__)
             view = self._views.setdefault(name, as_view(handler))
             if view.__wrapped__ is not handler:
                 mistake = f"router {self.name!r} has two handlers named {name!r}"
@@ -708,8 +1078,8 @@ class Router:
             schema, example: as in Parameters.
         """
         owner = f"the predict route {url!r} of router {self.name!r}"
-        if not callable(getattr(model, "predict", None)):
-            raise MestError(f"{owner} has the model {model!r}; it must have predict()")
+        if isinstance(model, type) or not callable(getattr(model, "predict", None)):
+            raise MestError(f"{owner} has the model {model!r}; it must be an object with predict()")
         parameters = Parameters(schema, example, owner)
 
         def predict(**variables: Any) -> flask.Response:
@@ -725,7 +1095,7 @@ class Router:
         """Answer requests to an url with the name of the service, or 503 while it shuts down."""
 
         def ping() -> dict[str, str]:
-            name = service().config.service_name
+            name = service().config.service_name if "mest" in current_app.extensions else current_app.name
             if service().draining:
                 raise Problem(503, f"{name} is shutting down.")
             return {"message": f"{name} is up"}
@@ -752,10 +1122,12 @@ class Router:
 
     def _add(self, registration: BlueprintSetupState, url: str, view: Callable, options: dict):
         full = (registration.url_prefix or "").rstrip("/") + url
+        host = options.get("subdomain", registration.subdomain), options.get("host")
         methods = {method.upper() for method in options["methods"]}
         for other in registration.app.url_map.iter_rules():
             taken = other.methods - ({"OPTIONS"} if other.provide_automatic_options else set())
-            if methods & taken and _shape(other.rule) == _shape(full):
+            same = _shape(other.rule) == _shape(full) and (other.subdomain or None, other.host) == host
+            if same and methods & taken:
                 clash = f"{' '.join(methods & taken)} {full} of router {self.name!r}"
                 raise MestError(f"{clash} is a route already, of the endpoint {other.endpoint!r}")
         registration.add_url_rule(url, view_func=view, **options)
@@ -763,7 +1135,7 @@ class Router:
 
 def _shape(url: str) -> str:
     """Return an url without the names of its variables, which do not tell it from another."""
-    return re.sub(r"[^<:]+>", ">", url)
+    return re.sub(r"<(?:string:)?(?:([^<>]*):)?\w+>", r"<\1>", url)
 
 
 def add_request_id(response: flask.Response) -> flask.Response:
@@ -792,15 +1164,19 @@ class Mest:
     def __init__(self, config: MestConfig, app: flask.Flask | None = None):
         if not isinstance(config, MestConfig):
             raise MestError(f"Mest was given the configuration {config!r}; it must be a MestConfig")
+        if not isinstance(app, (flask.Flask, type(None))):
+            raise MestError(f"Mest was given the application {app!r}; it must be a flask.Flask")
         self.config = config
-        self.logger = set_up_logging(config, embedded=app is not None)
+        self.logger = logging.getLogger(config.service_name) if app else set_up_logging(config)
         self.app = app or self._flask()
         if self.app.extensions.setdefault("mest", self) is not self:
             raise MestError("the Flask application has a Mest already; add routers to that")
+        for model in config.models_instances:
+            if isinstance(model, GenericModel):
+                model._limits = config.max_queued_requests, config.request_timeout
         #: Whether the process is about to stop: pings say so, and no more requests should come.
         self.draining = False
         self._loaded: list[Any] = []
-        self._loading = threading.Lock()
 
     def _flask(self) -> flask.Flask:
         name, here = self.config.service_name, os.getcwd()
@@ -826,22 +1202,21 @@ class Mest:
     def load_models(self) -> None:
         """Do what `setup` does, even while the command has deferred it."""
         directory = self.config.local_model_directory_path
-        with self._loading:
-            for model in self.config.models_instances:
-                if any(model is loaded for loaded in self._loaded):
-                    continue
-                name, started = type(model).__name__, time.perf_counter()
-                try:
-                    model.init(directory)
-                except (Exception, SystemExit) as error:
-                    reason = f"model {name} could not be loaded: {type(error).__name__}: {error}"
-                    if not os.path.isdir(directory):
-                        reason += f" (local_model_directory_path is {directory!r}: no directory)"
-                    raise MestError(reason) from error
-                if isinstance(model, GenericModel):
-                    model._initialised = True
-                self._loaded.append(model)
-                self.logger.info("model %s loaded in %.3f s", name, time.perf_counter() - started)
+        for model in self.config.models_instances:
+            if any(model is loaded for loaded in self._loaded):
+                continue
+            name, started = type(model).__name__, time.perf_counter()
+            try:
+                model.init(directory)
+            except (Exception, SystemExit) as error:
+                reason = f"model {name} could not be loaded: {type(error).__name__}: {error}"
+                if not os.path.isdir(directory):
+                    reason += f" (local_model_directory_path is {directory!r}: no directory)"
+                raise MestError(reason) from error
+            if isinstance(model, GenericModel):
+                model._initialised = True
+            self._loaded.append(model)
+            self.logger.info("model %s loaded in %.3f s", name, time.perf_counter() - started)
 
     def register_router(self, url: str, router: Router) -> None:
         """Put the routes of a router, present and future ones, under an url or several in turn.
@@ -872,10 +1247,14 @@ class Mest:
 
 def service() -> Any:
     """Return the Mest of the Flask application, or what stands in for it under a mere blueprint."""
-    if "mest" in current_app.extensions:
-        return current_app.extensions["mest"]
-    config = MestConfig(current_app.name, 8000)
-    return SimpleNamespace(config=config, logger=current_app.logger, draining=False)
+    return current_app.extensions.get("mest") or SimpleNamespace(
+        config=_default_config(), logger=current_app.logger, draining=False
+    )
+
+
+@functools.cache
+def _default_config() -> MestConfig:
+    return MestConfig("default", environ={})
 
 
 # Command line
@@ -1002,8 +1381,8 @@ def run_gunicorn(args: argparse.Namespace) -> int:
             return mest_app.app
 
     server, master = Service(), os.getpid()
-    for place in server.cfg.address if "GUNICORN_FD" not in os.environ else ():  # not a re-exec
-        refuse_if_taken(place)
+    if "GUNICORN_FD" not in os.environ:  # it is not a master that replaces another
+        refuse_if_taken(server.cfg)
     try:
         server.run()
     except AppImportError as error:  # with --preload
@@ -1017,15 +1396,15 @@ def run_gunicorn(args: argparse.Namespace) -> int:
         raise
 
 
-def refuse_if_taken(place: Any) -> None:
-    """Raise a MestError if nobody can listen on a (host, port), which gunicorn would try for long."""
-    if isinstance(place, tuple):
-        try:
-            family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
-            socket.create_server(place, family=family).close()
-        except OSError as error:
-            reason = f"{place[0]}:{place[1]}: {os.strerror(error.errno)}"
-            raise MestError(f"cannot listen on {reason}; choose another --port") from None
+def refuse_if_taken(settings: Any) -> None:
+    """Raise a MestError if nobody can listen where gunicorn is to, which would try it for long."""
+    try:
+        for host, port in (place for place in settings.address if isinstance(place, tuple)):
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MestError(f"cannot listen on {settings.bind}: {reason}; choose another") from None
 
 
 def run_shell(args: argparse.Namespace) -> int:
@@ -1037,15 +1416,16 @@ def run_shell(args: argparse.Namespace) -> int:
     names |= {name: value for name, value in vars(module).items() if id(value) in models}
     banner = f"{mest_app.config.service_name}, Mest {__version__}: {', '.join(names)}"
     with mest_app.app.app_context(), contextlib.suppress(ImportError):
-        if sys.stdin.isatty():
+        if sys.stdin and sys.stdin.isatty():
             from IPython import start_ipython
 
             print(banner)
             return start_ipython(["--no-banner"], user_ns=names) or 0
     with mest_app.app.app_context():
+        console = code.InteractiveConsole(names)
         if os.path.isfile(startup := os.environ.get("PYTHONSTARTUP", "")):
-            exec(compile(Path(startup).read_text(), startup, "exec"), names)
-        code.interact(banner, local=names, exitmsg="")
+            console.runsource(Path(startup).read_text("utf-8", "replace"), startup, "exec")
+        console.interact(banner, exitmsg="")
     return 0
 
 
@@ -1069,7 +1449,7 @@ def load_app(args: argparse.Namespace) -> tuple[Mest, ModuleType]:
     target = getattr(args, "app", None) or os.environ.get("MEST_APP") or "app.py"
     path, _, name = target.partition(":")
     module_name, folder = path, Path.cwd()
-    if path.endswith(".py") or os.sep in path:
+    if path.endswith(".py"):
         file = Path(path).resolve()
         if not file.is_file():
             hint = "name it with --app or MEST_APP, or change to its directory"
@@ -1089,6 +1469,8 @@ def load_app(args: argparse.Namespace) -> tuple[Mest, ModuleType]:
         raise MestError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         Mest._setup_deferred = False
+    if path.endswith(".py") and Path(getattr(module, "__file__", None) or "").resolve() != file:
+        raise MestError(f"{path} cannot be imported: {module} has its name; rename the file")
     found = {key: value for key, value in vars(module).items() if isinstance(value, Mest)}
     if not name and len(set(map(id, found.values()))) == 1:
         name = min(found)
