@@ -33,6 +33,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import itertools
 import json
 import logging
@@ -44,7 +45,6 @@ import sys
 import threading
 import time
 import traceback
-import uuid
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,7 +63,6 @@ from flask.blueprints import BlueprintSetupState
 from flask.json.provider import DefaultJSONProvider
 from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import HTTPException
-from werkzeug.http import parse_options_header
 from werkzeug.serving import is_running_from_reloader, run_simple
 from werkzeug.wsgi import get_input_stream
 
@@ -119,9 +118,12 @@ def request_id() -> str | None:
     """Return the id of the Flask request: its X-Request-Id where that is sane, or a new one."""
     if not flask.has_request_context():
         return None
-    sent = request.headers.get("X-Request-Id", "")
-    sane = re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", sent)
-    return request.environ.setdefault("mest.request_id", sent if sane else uuid.uuid4().hex)
+    environ = request.environ
+    if "mest.request_id" not in environ:
+        sent = environ.get("HTTP_X_REQUEST_ID", "")
+        sane = re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", sent)
+        environ["mest.request_id"] = sent if sane else os.urandom(16).hex()
+    return environ["mest.request_id"]
 
 
 # Configuration
@@ -148,7 +150,7 @@ class MestConfig:
         "local_model_directory_path": ("_models", str, "directory given to each model's init"),
         "listen_host": ("", str, "address; by default 127.0.0.1, and 0.0.0.0 under gunicorn"),
         "workers": (1, range(1, 1025), "processes under gunicorn, each with its own models"),
-        "threads": (16, range(1, 1025), "requests that each process answers at once"),
+        "threads": (40, range(1, 1025), "requests that each process answers at once"),
         "max_body_bytes": (2**24, range(1, 2**40), "bytes, the largest body of a request"),
         "max_queued_requests": (512, range(1, 10**6), "requests that wait for a model, a process"),
         "request_timeout": (60, range(1, 86401), "seconds that a request waits for the model"),
@@ -166,14 +168,14 @@ class MestConfig:
         if unknown := fields.keys() - self.FIELDS:
             raise MestError(f"MestConfig has no {unknown.pop()!r}, only {', '.join(self.FIELDS)}")
         if not isinstance(models_instances, (list, tuple)):
-            raise MestError(f"models_instances is {models_instances!r}; it must be a list of models")
+            raise MestError(f"models_instances is {models_instances!r}; it must be a list")
         for model in models_instances:
             if isinstance(model, type) or not callable(getattr(model, "init", None)):
                 needed = "an instance of GenericModel, or another object with init(directory_path)"
                 raise MestError(f"models_instances has {model!r}; it must be {needed}")
             for name in ("max_batch_size", "max_concurrency"):
                 if type(count := getattr(model, name, 1)) is not int or count < 1:
-                    raise MestError(f"{name} of {model!r} is {count!r}; it must be an integer above 0")
+                    raise MestError(f"{name} of {model!r} is {count!r}; it must be 1 or more")
         self.service_name, self.models_instances = service_name, models_instances
         fields["listen_port"] = listen_port
         fields["local_model_directory_path"] = local_model_directory_path
@@ -259,6 +261,23 @@ def set_up_logging(config: MestConfig) -> logging.Logger:
 MAX_DEPTH = 100
 
 
+def _refuse_constant(name: str) -> None:
+    raise ArithmeticError(f"{name} has no form in JSON")
+
+
+def _plain(value: Any) -> Any:
+    for method in ("tolist", "item"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    return DefaultJSONProvider.default(value)
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+ENCODER = json.JSONEncoder(
+    default=_plain, allow_nan=False, ensure_ascii=False, separators=(",", ":")
+)
+
+
 def decode_object(body: bytes) -> dict[str, Any]:
     """Return the JSON object (RFC 8259) in a body, which must be UTF-8 and free of NaN.
 
@@ -269,7 +288,7 @@ def decode_object(body: bytes) -> dict[str, Any]:
         raise Problem(400, "The body is empty; send a JSON object with the parameters.")
     try:
         text = body.decode()
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = DECODER.decode(text)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # fails on a lone surrogate
     except RecursionError:
@@ -279,10 +298,6 @@ def decode_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Problem(422, "The body is JSON, but no object; send an object with the parameters.")
     return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ArithmeticError(f"{name} has no form in JSON")
 
 
 def is_finite(value: Any) -> bool:
@@ -318,29 +333,17 @@ def encode(result: Any) -> tuple[bytes, str]:
         return bytes(result), "application/octet-stream"
     if isinstance(result, str):
         with contextlib.suppress(ValueError, RecursionError):
-            if isinstance(json.loads(result, parse_constant=_refuse_constant), (dict, list)):
+            if isinstance(DECODER.decode(result), (dict, list)):
                 return result.encode(), "application/json"
         return result.encode(), "text/plain; charset=utf-8"
     try:
-        text = _dumps(result)
-    except TypeError:  # perhaps for its keys, which json.dumps does not convert
-        text = _dumps(_with_plain_keys(result))
-    return text.encode() + b"\n", "application/json"
-
-
-def _dumps(value: Any) -> str:
-    compact = {"ensure_ascii": False, "separators": (",", ":")}
-    try:
-        return json.dumps(value, default=_plain, allow_nan=False, **compact)
+        try:
+            text = ENCODER.encode(result)
+        except TypeError:  # perhaps for its keys, which the encoder does not convert
+            text = ENCODER.encode(_with_plain_keys(result))
     except ValueError as error:
         raise ArithmeticError(f"{error}; NaN and infinity have no form in JSON") from None
-
-
-def _plain(value: Any) -> Any:
-    for method in ("tolist", "item"):
-        if hasattr(value, method):
-            return getattr(value, method)()
-    return DefaultJSONProvider.default(value)
+    return text.encode() + b"\n", "application/json"
 
 
 def _with_plain_keys(value: Any) -> Any:
@@ -367,7 +370,7 @@ def decode_body(method: str, content_type: str, coding: str, body: bytes) -> dic
     Raises:
         Problem: 400, 413, 415 or 422, saying what to send instead.
     """
-    media_type, _ = parse_options_header(content_type.lower())
+    media_type = content_type.partition(";")[0].strip().lower()
     is_json = re.fullmatch(r"application/(.+\+)?json", media_type)
     if not body and not (is_json and method in ("POST", "PUT", "PATCH")):
         return {}
@@ -392,7 +395,7 @@ def convert_text(text: Any, rules: Any) -> Any:
     if not isinstance(text, str) or "string" in types:
         return text
     try:
-        value = json.loads(text.lower(), parse_constant=_refuse_constant)
+        value = DECODER.decode(text.lower())
     except (ValueError, RecursionError):
         return text
     fits = not TYPES_OF_JSON.get(type(value), set()).isdisjoint(types) and is_finite(value)
@@ -431,14 +434,15 @@ class Validator(cerberus.Validator):
         return {k: document[k] for k in document.keys() - surplus} if surplus else document
 
     def _check_of(self, rules: Any) -> Check:
-        """Return the check of a list of items, kept for all requests with the rules that it is of."""
+        """Return the check of a list of items with such rules, which all requests share."""
         checks = self._config.setdefault("checks", {})
         if id(rules) not in checks:
+            # with the rules, whose id no others can have then
             checks[id(rules)] = rules, Check({"items": {"type": "list", "schema": rules}})
         return checks[id(rules)][1]
 
     def _doubtful(self, rules: Any, items: list) -> Iterator[tuple[int, Any]]:
-        """Yield the items, after their indexes, that the check of their rules does not find right."""
+        """Yield the items, after their indexes, that their check is not sure of."""
         check = self._check_of(rules)
         for start in range(0, len(items), 1000):
             part = items[start : start + 1000]
@@ -448,7 +452,8 @@ class Validator(cerberus.Validator):
                         yield index, item
 
     def _validate_schema(self, schema: Any, field: str, value: Any) -> None:
-        """{'type': ['dict', 'string'], 'anyof': [{'check_with': 'schema'}, {'check_with': 'bulk_schema'}]}"""
+        """{'type': ['dict', 'string'],
+        'anyof': [{'check_with': 'schema'}, {'check_with': 'bulk_schema'}]}"""  # as Cerberus's own
         if not isinstance(value, list):
             return super()._validate_schema(schema, field, value)
         doubtful, found = self._doubtful(schema, value), 0
@@ -456,9 +461,10 @@ class Validator(cerberus.Validator):
             super()._validate_schema(dict.fromkeys(items, schema), field, items)
             found = sum(len(error.child_errors or ()) for error in self._errors)
 
-    def _BareValidator__normalize_sequence_per_schema(self, field: str, mapping: dict, schema: dict):
+    def _BareValidator__normalize_sequence_per_schema(self, field: str, *args: Any) -> None:
+        *_, schema = args
         if self._check_of(schema[field]["schema"]).normalizes:
-            super()._BareValidator__normalize_sequence_per_schema(field, mapping, schema)
+            super()._BareValidator__normalize_sequence_per_schema(field, *args)
 
     def _error(self, *args: Any) -> None:
         if len(self._errors) >= MAX_ERRORS:
@@ -492,9 +498,9 @@ def _check_schema(rule: str, schema: Any, error: Callable) -> None:
     types = types_of(error.__self__.document)
     fields = isinstance(schema, dict) and all(isinstance(rules, dict) for rules in schema.values())
     if types == ("list",) and fields and schema.keys() - Validator.rules.keys():
-        error(rule, "for a list it must be the rules of an item, like {'type': 'dict', 'schema': …}")
+        error(rule, "for a list it must be the rules of an item: {'type': 'dict', 'schema': …}")
     if types == ("dict",) and not fields and isinstance(schema, dict):
-        error(rule, "for a dict it must be fields with their rules; those of any value are valuesrules")
+        error(rule, "for a dict it must be fields with their rules; valuesrules are for any field")
 
 
 # What Cerberus would find out only when a document meets the rule.
@@ -504,20 +510,26 @@ Validator.rules["schema"]["check_with"] = _check_schema
 
 
 #: What Cerberus's types are in JSON and in forms.
-NUMBERS = {int, float, bool}
+NUMBERS, BINARY = {int, float, bool}, {bytes, bytearray}
 TYPES = {
-    "binary": {bytes, bytearray}, "boolean": {bool}, "dict": {dict}, "float": NUMBERS,
-    "integer": {int, bool}, "list": {list}, "number": {int, float}, "string": {str},
+    "binary": BINARY, "boolean": {bool}, "dict": {dict}, "float": NUMBERS, "integer": {int, bool},
+    "list": {list}, "number": {int, float}, "string": {str},
 }
-#: When a rule with the constraint {c} refuses the value {v}, or all those that {low} to {high} span
-#: and {each} has.
-REFUSALS = {
+#: What a value {v} is if a rule with the constraint {c} refuses it. Where many are checked at once
+#: they are {each}, from {low} to {high}.
+REFUSED = {
     "empty": "not {v}", "minlength": "len({v}) < {c}", "maxlength": "len({v}) > {c}",
     "regex": "not {c}.match({v})", "min": "{low} < {c}", "max": "{high} > {c}",
     "allowed": "not {c}.issuperset({each})", "forbidden": "not {c}.isdisjoint({each})",
 }
+SIZES, SETS, RANGE = {"empty", "minlength", "maxlength"}, {"allowed", "forbidden"}, {"min", "max"}
 NEUTRAL = {"type", "required", "nullable", "default", "meta"}
-SIZES, SETS, RANGES = {"empty", "minlength", "maxlength"}, {"allowed", "forbidden"}, {"min", "max"}
+#: The other rules that a check can be written for, by the types of what they are about.
+CHECKED = [
+    ({dict}, SIZES | {"keysrules", "valuesrules"}), ({list}, SIZES | SETS | {"schema", "items"}),
+    ({str}, SIZES | SETS | RANGE | {"regex"}), (NUMBERS, SETS | RANGE), (BINARY, SIZES),
+    (NUMBERS | {str}, SETS),
+]
 
 
 class Uncheckable(Exception):
@@ -528,23 +540,24 @@ class Check:
     """A schema as a Python function of a document, made of built-ins that run in C.
 
     It returns the normalized document, or None where it is not sure that Cerberus would accept it.
-    The methods write statements, indented so deep, about what a variable holds. They pass on what
-    Cerberus inherits: are unknown fields allowed, and all known ones required?
+    The methods write its statements, indented so deep, about what is in a variable. They hand down
+    what Cerberus does: whether unknown fields are allowed, and all known ones required.
     """
 
     def __init__(self, schema: Mapping):
         self.lines = ["def check(document):", " defaults = []"]
-        self.names = {"MISSING": object(), "isfinite": math.isfinite, "fault_of": fault_of}
-        self.names["deepcopy"] = copy.deepcopy
+        self.names = {"deepcopy": copy.deepcopy, "fault_of": fault_of, "isfinite": math.isfinite}
+        self.names |= {"MISSING": object(), "check": None}
         try:
             self.fields(1, "document", schema, False, False)
-            self.lines.append(" for place, key, value in defaults: place[key] = deepcopy(value)")
-            exec("\n".join([*self.lines, " return document"]), self.names)
+            self.write(1, "for place, key, value in defaults: place[key] = deepcopy(value)")
+            self.write(1, "return document")
+            exec("\n".join(self.lines), self.names)
         except (Uncheckable, TypeError, SyntaxError):  # SyntaxError: nested too deep for Python
-            self.names["check"] = None
+            pass
         self.function = self.names["check"]
         #: Whether Cerberus may change what it accepts.
-        self.normalizes = self.function is None or any("defaults.append" in line for line in self.lines)
+        self.normalizes = not self.function or any("defaults.append" in x for x in self.lines)
 
     def __call__(self, document: dict) -> dict | None:
         try:
@@ -554,94 +567,90 @@ class Check:
 
     def name(self, constant: Any = None) -> str:
         """Return a new name, for a constant or else for a variable."""
-        name = f"_{len(self.names)}"
-        self.names[name] = constant
+        self.names[name := f"_{len(self.names)}"] = constant
         return name
 
-    def refuse(self, depth: int, condition: str) -> None:
-        self.lines.append(" " * depth + f"if {condition}: return")
+    def write(self, depth: int, line: str) -> None:
+        self.lines.append(" " * depth + line)
 
-    def apply(self, depth: int, rules: Mapping, v: str, low: str, high: str, each: str) -> None:
-        for rule in [rule for rule in REFUSALS if rule in rules]:
+    def refuse(self, depth: int, rules: Mapping, v: str, low: str, high: str, each: str) -> None:
+        for rule in [rule for rule in REFUSED if rule in rules]:
             c = re.compile(rules[rule].removesuffix("$") + "$") if rule == "regex" else rules[rule]
             c = self.name(frozenset(c) if rule in SETS else c)
-            self.refuse(depth, REFUSALS[rule].format(c=c, v=v, low=low, high=high, each=each))
+            condition = REFUSED[rule].format(c=c, v=v, low=low, high=high, each=each)
+            self.write(depth, f"if {condition}: return")
 
-    def fields(self, depth: int, place: str, schema: Any, unknown: Any, require_all: Any) -> None:
+    def fields(self, depth: int, place: str, schema: Any, unknown: Any, required: Any) -> None:
         """Write about the fields of a dictionary."""
         if not isinstance(schema, Mapping) or not isinstance(unknown, bool):
             raise Uncheckable
         known = self.name(frozenset(schema))
-        others = f"[{place}[key] for key in {place}.keys() - {known}]"
-        self.refuse(depth, f"fault_of({others})" if unknown else f"not {known}.issuperset({place})")
+        others = f"fault_of([{place}[key] for key in {place}.keys() - {known}])"
+        condition = others if unknown else f"not {known}.issuperset({place})"
+        self.write(depth, f"if {condition}: return")
         for field, rules in schema.items():
-            (types, own), key, value = self.types(rules), self.name(field), self.name()
-            self.lines.append(" " * depth + f"{value} = {place}.get({key}, MISSING)")
+            self.types(rules)
+            key, value = self.name(field), self.name()
+            self.write(depth, f"{value} = {place}.get({key}, MISSING)")
             if "default" in rules:
                 filled = Validator({field: {**rules, "required": False}}).normalized({})[field]
-                add = f"defaults.append(({place}, {key}, {self.name(filled)}))"
-                self.lines.append(" " * depth + f"if {value} is MISSING: {add}")
-            elif rules.get("required", require_all) is True:
-                self.refuse(depth, f"{value} is MISSING")
-            self.lines.append(" " * depth + f"if {value} is not MISSING:")
-            self.value(depth + 1, value, rules, unknown, require_all)
+                filled = f"defaults.append(({place}, {key}, {self.name(filled)}))"
+                self.write(depth, f"if {value} is MISSING: {filled}")
+            elif rules.get("required", required) is True:
+                self.write(depth, f"if {value} is MISSING: return")
+            self.write(depth, f"if {value} is not MISSING:")
+            self.value(depth + 1, value, rules, unknown, required)
 
     def types(self, rules: Any) -> tuple[set, set]:
-        """Return the types that a set of rules allows, and what other rules it has."""
+        """Return the types that a set of rules allows, and its rules that are not neutral."""
         if not isinstance(rules, Mapping) or not TYPES.keys() >= set(types_of(rules)):
             raise Uncheckable
-        own = rules.keys() - NEUTRAL
-        kinds = types_of(rules) or (("float", "string") if own else TYPES)
-        return set().union(*(TYPES[kind] for kind in kinds)), own
+        others = rules.keys() - NEUTRAL
+        kinds = types_of(rules) or (("float", "string") if others else TYPES)
+        return set().union(*map(TYPES.get, kinds)), others
 
     def value(self, depth: int, value: str, rules: Any, *inherited: Any) -> None:
         """Write about one value."""
-        types, own = self.types(rules)
+        types, others = self.types(rules)
         if rules.get("nullable"):
-            self.lines.append(" " * depth + f"if {value} is not None:")
+            self.write(depth, f"if {value} is not None:")
             depth += 1
-        self.refuse(depth, f"type({value}) not in {self.name(types)}")
-        if types == {dict} and "schema" in own <= {"schema", "allow_unknown", "require_all"}:
-            inherit = [rules.get(rule, above) for rule, above in zip(("allow_unknown", "require_all"), inherited)]
-            self.fields(depth, value, rules["schema"], *inherit)
+        self.write(depth, f"if type({value}) not in {self.name(types)}: return")
+        if types == {dict} and "schema" in others <= {"schema", "allow_unknown", "require_all"}:
+            own = zip(("allow_unknown", "require_all"), inherited)
+            self.fields(depth, value, rules["schema"], *(rules.get(*pair) for pair in own))
             return
-        checked = SIZES | RANGES | SETS | {"regex"} 
-        if types == {dict}: checked = SIZES | {"keysrules", "valuesrules"}
-        elif types == {list}: checked = SIZES | SETS | ({"items"} if "items" in own else {"schema"})
-        elif types == {str}: checked = SIZES | SETS | RANGES | {"regex"}
-        elif types <= NUMBERS: checked = SETS | RANGES
-        elif types == TYPES["binary"]: checked = SIZES
-        else: checked = SETS if types <= NUMBERS | {str} else set()
-        if own - checked:
+        checked = next((checked for kinds, checked in CHECKED if types <= kinds), set())
+        if others - checked or {"schema", "items"} <= others:
             raise Uncheckable
-        self.apply(depth, rules, value, value, value, value if types == {list} else f"({value},)")
-        if types <= NUMBERS and not RANGES <= own:
-            self.refuse(depth, f"not isfinite({value})")
-        if "items" in own:
-            self.refuse(depth, f"len({value}) != {len(rules['items'])}")
-            for index, item_rules in enumerate(rules["items"]):
-                self.lines.append(" " * depth + f"{(item := self.name())} = {value}[{index}]")
-                self.value(depth, item, item_rules, *inherited)
-        for rule, part in (("schema", value), ("keysrules", f"[*{value}]"), ("valuesrules", f"[*{value}.values()]")):
-            if rule in own:
-                self.lines.append(" " * depth + f"{(items := self.name())} = {part}")
-                self.each(depth, items, rules[rule], *inherited)
-        if not own & {"items", "schema", "valuesrules"} and (types & {dict, list} or types & NUMBERS and str in types):
-            self.refuse(depth, f"fault_of({value})")
+        self.refuse(depth, rules, value, value, value, value if types == {list} else f"({value},)")
+        if types <= NUMBERS and not RANGE <= others:
+            self.write(depth, f"if not isfinite({value}): return")
+        elif types & {dict, list, *NUMBERS} and not others & {"items", "schema", "valuesrules"}:
+            self.write(depth, f"if fault_of({value}): return")
+        if "items" in others:
+            self.write(depth, f"if len({value}) != {len(rules['items'])}: return")
+        for index, item_rules in enumerate(rules.get("items", ())):
+            self.write(depth, f"{(item := self.name())} = {value}[{index}]")
+            self.value(depth, item, item_rules, *inherited)
+        parts = {"schema": value, "keysrules": f"[*{value}]", "valuesrules": f"[*{value}.values()]"}
+        for rule in others & parts.keys():
+            self.write(depth, f"{(items := self.name())} = {parts[rule]}")
+            self.each(depth, items, rules[rule], *inherited)
 
     def each(self, depth: int, items: str, rules: Any, *inherited: Any) -> None:
         """Write about every item of a list."""
-        types, own = self.types(rules)
-        plain = own <= SETS | RANGES and (types <= NUMBERS or types == {str})
-        if plain and not rules.get("nullable"):
-            self.lines.append(" " * depth + f"if {items}:")
-            self.refuse(depth + 1, f"not {self.name(types)}.issuperset(map(type, {items}))")
-            self.apply(depth + 1, rules, items, f"min({items})", f"max({items})", items)
-            if types <= NUMBERS and not RANGES <= own:
-                self.refuse(depth + 1, f"not isfinite(sum({items}))")
-        else:
-            self.lines.append(" " * depth + f"for {(item := self.name())} in {items}:")
+        types, others = self.types(rules)
+        plain = others <= SETS | RANGE and (types <= NUMBERS or types == {str})
+        if not plain or rules.get("nullable"):
+            self.write(depth, f"for {(item := self.name())} in {items}:")
             self.value(depth + 1, item, rules, *inherited)
+            return
+        self.write(depth, f"if {items}:")
+        self.write(depth + 1, f"if not {self.name(types)}.issuperset(map(type, {items})): return")
+        self.refuse(depth + 1, rules, items, f"min({items})", f"max({items})", items)
+        if types <= NUMBERS and not RANGE <= others:
+            self.write(depth + 1, f"if not isfinite(sum({items})): return")
 
 
 class Parameters:
@@ -810,7 +819,7 @@ def pass_on(value: Any, stage: Callable) -> Any:
 
 
 def results_of(model: GenericModel, payloads: list) -> list:
-    """Return the result or the exception of each payload, none of which fails for another's sake."""
+    """Return the result or the exception of each payload, none of which fails for another."""
     try:
         results = list(model.infer_batch(payloads))
         if len(results) == len(payloads):
@@ -858,14 +867,17 @@ class Turns:
 
     def run_here(self, payload: Any) -> Any:
         self.enter()
-        with contextlib.ExitStack() as leaving:
-            leaving.callback(self.places.release)
+        try:
             if not self.free.acquire(timeout=self.timeout):
                 raise Problem(504, "The model was not free in time.")
-            leaving.callback(self.free.release)
             self.inside.add(me := threading.get_ident())
-            leaving.callback(self.inside.discard, me)
-            return pass_on(payload, self.model.infer)
+            try:
+                return pass_on(payload, self.model.infer)
+            finally:
+                self.inside.discard(me)
+                self.free.release()
+        finally:
+            self.places.release()
 
     def submit(self, payload: Any) -> Future:
         """Return the future result for a payload. If it is cancelled in time, none is computed."""
@@ -882,7 +894,7 @@ class Turns:
 
     def enter(self) -> None:
         if not self.places.acquire(blocking=False):
-            raise Problem(503, "Too many requests wait for the model.", headers={"Retry-After": "1"})
+            raise Problem(503, "Too many requests wait.", headers={"Retry-After": "1"})
 
     def serve(self) -> None:
         """Carry out batches, in a thread, until the model ends it: by sys.exit, for one."""
@@ -937,12 +949,13 @@ def validate_params(schema: dict, example: dict | None = None) -> Callable[[Call
 
     def decorate(handler: Callable) -> Callable:
         parameters = Parameters(schema, example, f"validate_params of {handler.__qualname__}()")
+        call = as_sync(handler)
 
         @functools.wraps(handler)
         def validated(*args: Any, **variables: Any) -> Any:
             if args or not flask.has_request_context():
                 return handler(*args, **variables)
-            return current_app.ensure_sync(handler)(**read_parameters(parameters, variables))
+            return call(**read_parameters(parameters, variables))
 
         return validated
 
@@ -957,42 +970,44 @@ def read_parameters(parameters: Parameters, variables: dict[str, Any]) -> dict[s
     Raises:
         Problem: what is wrong with the request.
     """
-    headers, body = request.headers, read_body(service().config.max_body_bytes)
-    kind, coding = headers.get("Content-Type", ""), headers.get("Content-Encoding", "")
-    values = decode_body(request.method, kind, coding.lower(), body)
-    query = request.query_string.decode("utf-8", "replace")
-    fields = MultiDict(parse_qsl(query, keep_blank_values=True)).to_dict(flat=False)
-    if values is None or "form" in vars(request):  # a form, which a hook may have parsed already
-        if body and values is None and not (request.form or request.files):
+    http, environ = request._get_current_object(), request.environ
+    body = read_body(http, service().config.max_body_bytes)
+    kind, coding = environ.get("CONTENT_TYPE", ""), environ.get("HTTP_CONTENT_ENCODING", "")
+    values, fields = decode_body(http.method, kind, coding.lower(), body), {}
+    if http.query_string:
+        query = http.query_string.decode("utf-8", "replace")
+        fields = MultiDict(parse_qsl(query, keep_blank_values=True)).to_dict(flat=False)
+    if values is None or "form" in vars(http):  # a form, which a hook may have parsed already
+        if body and values is None and not (http.form or http.files):
             raise Problem(400, "The body is not a valid form.")
-        fields |= request.form.to_dict(flat=False)
-        fields |= {name: [file.read() for file in files] for name, files in request.files.lists()}
+        fields |= http.form.to_dict(flat=False)
+        fields |= {name: [file.read() for file in files] for name, files in http.files.lists()}
     known = {name: [variables.pop(name)] for name in variables.keys() & parameters.schema.keys()}
     document = parameters.from_text(fields) | (values or {}) | parameters.from_text(known)
     return variables | parameters.check(document)
 
 
-def read_body(limit: int) -> bytes:
-    """Return the body of the Flask request, which may have so many bytes.
+def read_body(http: flask.Request, limit: int) -> bytes:
+    """Return the body of a request, which may have so many bytes.
 
     Raises:
         Problem: 413 if it is longer, 400 if it ends early or the server can make no sense of it.
     """
-    length, body = request.content_length or 0, b""
-    limit = min(limit, request.max_content_length or limit)
-    request.max_form_memory_size = limit
+    length, body = http.content_length or 0, b""
+    limit = min(limit, http.max_content_length or limit)
     if length <= limit:
-        request.max_content_length = limit + 1  # Werkzeug stops reading there, and says nothing
+        http.max_form_memory_size = limit
+        http.max_content_length = limit + 1  # Werkzeug stops reading there, and says nothing
         try:
-            body = request.get_data(cache=True)
+            body = http.get_data(cache=True)
         except Exception:  # each server has exceptions of its own
             raise Problem(400, "The body is malformed or ended early.") from None
     if max(length, len(body)) > limit:
-        rest = get_input_stream(request.environ)
-        with contextlib.suppress(Exception):  # most clients read no answer before they have sent all
+        rest = get_input_stream(http.environ)
+        with contextlib.suppress(Exception):  # most clients send all before they read the answer
             any(not rest.read(2**16) for _ in range(2**10))
         raise Problem(413, f"The body is longer than {limit} bytes.")
-    if len(body) < length and "form" not in vars(request):
+    if len(body) < length and "form" not in vars(http):
         raise Problem(400, f"The body ended after {len(body)} of {length} bytes.")
     return body
 
@@ -1004,20 +1019,37 @@ def to_response(result: Any) -> Any:
     if plain or hasattr(body, "tolist") or hasattr(body, "item"):
         content, content_type = encode(body)
         body = flask.Response(content, content_type=content_type)
+        if not rest:
+            return body
     return current_app.make_response((body, *rest) if rest else body)
+
+
+def add_request_id(response: flask.Response) -> flask.Response:
+    """Put the id of the request on its response, where a host has not done so."""
+    if "X-Request-Id" not in response.headers:
+        response.headers["X-Request-Id"] = request_id()
+    return response
+
+
+def as_sync(handler: Callable) -> Callable:
+    """Return the handler itself or, if it is asynchronous, what Flask makes of it."""
+    if not inspect.iscoroutinefunction(handler):
+        return handler
+    return lambda *args, **kwargs: current_app.ensure_sync(handler)(*args, **kwargs)
 
 
 def as_view(handler: Callable) -> Callable:
     """Return a Flask view that answers with what the handler returns or raises."""
+    call = as_sync(handler)
 
     @functools.wraps(handler)
     def view(**variables: Any) -> Any:
         try:
-            return to_response(current_app.ensure_sync(handler)(**variables))
+            return add_request_id(to_response(call(**variables)))
         except Exception as error:
             if current_app.debug and not isinstance(error, HTTPException):
                 raise  # to the debugger
-            return as_problem(error, service().logger).get_response(request.environ)
+            return add_request_id(as_problem(error, service().logger).get_response(request.environ))
 
     return view
 
@@ -1095,7 +1127,7 @@ class Router:
         """Answer requests to an url with the name of the service, or 503 while it shuts down."""
 
         def ping() -> dict[str, str]:
-            name = service().config.service_name if "mest" in current_app.extensions else current_app.name
+            name = service().config.service_name
             if service().draining:
                 raise Problem(503, f"{name} is shutting down.")
             return {"message": f"{name} is up"}
@@ -1111,7 +1143,6 @@ class Router:
     def blueprint(self) -> flask.Blueprint:
         """The routes as a Flask blueprint, for an application without Mest; later ones join it."""
         blueprint = flask.Blueprint(self.name, __name__)
-        blueprint.after_request(add_request_id)
         blueprint.record(self._register)
         return blueprint
 
@@ -1122,11 +1153,11 @@ class Router:
 
     def _add(self, registration: BlueprintSetupState, url: str, view: Callable, options: dict):
         full = (registration.url_prefix or "").rstrip("/") + url
-        host = options.get("subdomain", registration.subdomain), options.get("host")
+        host = options.get("subdomain", registration.subdomain) or "", options.get("host")
         methods = {method.upper() for method in options["methods"]}
         for other in registration.app.url_map.iter_rules():
             taken = other.methods - ({"OPTIONS"} if other.provide_automatic_options else set())
-            same = _shape(other.rule) == _shape(full) and (other.subdomain or None, other.host) == host
+            same = (other.subdomain or "", other.host) == host and _shape(other.rule) == _shape(full)
             if same and methods & taken:
                 clash = f"{' '.join(methods & taken)} {full} of router {self.name!r}"
                 raise MestError(f"{clash} is a route already, of the endpoint {other.endpoint!r}")
@@ -1136,12 +1167,6 @@ class Router:
 def _shape(url: str) -> str:
     """Return an url without the names of its variables, which do not tell it from another."""
     return re.sub(r"<(?:string:)?(?:([^<>]*):)?\w+>", r"<\1>", url)
-
-
-def add_request_id(response: flask.Response) -> flask.Response:
-    """Put the id of the request on its response, where a host has not done so."""
-    response.headers.setdefault("X-Request-Id", request_id())
-    return response
 
 
 # Application
@@ -1247,14 +1272,10 @@ class Mest:
 
 def service() -> Any:
     """Return the Mest of the Flask application, or what stands in for it under a mere blueprint."""
-    return current_app.extensions.get("mest") or SimpleNamespace(
-        config=_default_config(), logger=current_app.logger, draining=False
-    )
-
-
-@functools.cache
-def _default_config() -> MestConfig:
-    return MestConfig("default", environ={})
+    if mest_app := current_app.extensions.get("mest"):
+        return mest_app
+    config = MestConfig(current_app.name, environ={})
+    return SimpleNamespace(config=config, logger=current_app.logger, draining=False)
 
 
 # Command line
@@ -1486,7 +1507,8 @@ def report(error: MestError) -> str:
     cause, lines = error.__cause__, []
     if cause:
         trace = cause.__traceback__
-        while trace and trace.tb_frame.f_globals["__name__"].split(".")[0] in (__name__, "importlib"):
+        ours = re.compile(rf"{re.escape(__name__)}$|importlib\b")
+        while trace and ours.match(trace.tb_frame.f_globals["__name__"]):
             trace = trace.tb_next
         lines = traceback.format_exception(type(cause), cause, trace)
     return "".join([*lines, f"mest: {error}"])
@@ -1497,7 +1519,7 @@ def report(error: MestError) -> str:
 # that same module, not a second one with other classes.
 app = api = models = _this = sys.modules[__name__]
 _main = sys.modules["__main__"]
-if _this is not _main and os.path.realpath(getattr(_main, "__file__", None) or "") == os.path.realpath(__file__):
+if os.path.realpath(getattr(_main, "__file__", None) or "") == os.path.realpath(__file__):
     _this = sys.modules[__name__] = _main
 for _path in ("app", "app.api", "models"):
     sys.modules[f"{__name__}.{_path}"] = _this
