@@ -647,10 +647,13 @@ class Check:
             self.value(depth + 1, item, rules, *inherited)
             return
         self.write(depth, f"if {items}:")
-        self.write(depth + 1, f"if not {self.name(types)}.issuperset(map(type, {items})): return")
-        self.refuse(depth + 1, rules, items, f"min({items})", f"max({items})", items)
-        if types <= NUMBERS and not RANGE <= others:
+        finite = types <= NUMBERS and not RANGE <= others
+        if finite:
             self.write(depth + 1, f"if not isfinite(sum({items})): return")
+        if not finite or types < NUMBERS:  # a sum has shown that they are numbers
+            kinds = f"{self.name(types)}.issuperset(map(type, {items}))"
+            self.write(depth + 1, f"if not {kinds}: return")
+        self.refuse(depth + 1, rules, items, f"min({items})", f"max({items})", items)
 
 
 class Parameters:
@@ -840,15 +843,15 @@ class Turns:
     """
 
     def __init__(self, model: GenericModel):
-        places, self.timeout = model._limits
+        self.limit, self.timeout = model._limits
+        self.waiting = 0
         batches = type(model).infer_batch is not GenericModel.infer_batch
         self.batching = batches and model.max_batch_size > 1
         self.model, self.queue = model, SimpleQueue()
-        self.places = threading.Semaphore(places)
         self.free = threading.Semaphore(model.max_concurrency)
         self.inside: set[int] = set()  # ids of the threads that run the model
         self.threads: set[threading.Thread] = set()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
     def run(self, payload: Any) -> Any:
         """Return the model's result for a payload, once its turn has come."""
@@ -877,13 +880,13 @@ class Turns:
                 self.inside.discard(me)
                 self.free.release()
         finally:
-            self.places.release()
+            self.leave()
 
     def submit(self, payload: Any) -> Future:
         """Return the future result for a payload. If it is cancelled in time, none is computed."""
         self.enter()
         future: Future = Future()
-        future.add_done_callback(lambda _: self.places.release())
+        future.add_done_callback(self.leave)
         with self.lock:
             while len(self.threads) < self.model.max_concurrency:
                 thread = threading.Thread(target=self.serve, daemon=True)
@@ -893,8 +896,14 @@ class Turns:
         return future
 
     def enter(self) -> None:
-        if not self.places.acquire(blocking=False):
-            raise Problem(503, "Too many requests wait.", headers={"Retry-After": "1"})
+        with self.lock:
+            if self.waiting >= self.limit:
+                raise Problem(503, "Too many requests wait.", headers={"Retry-After": "1"})
+            self.waiting += 1
+
+    def leave(self, future: Future | None = None) -> None:
+        with self.lock:
+            self.waiting -= 1
 
     def serve(self) -> None:
         """Carry out batches, in a thread, until the model ends it: by sys.exit, for one."""

@@ -1239,7 +1239,7 @@ def test_after_the_end_of_a_models_thread_the_next_call_starts_another():
     with pytest.raises(MestError, match="the thread of Exits has ended: SystemExit.'enough'"):
         model.predict(x=5)
     assert model.predict(x=3) == 9
-    assert model._turns.places._value == 512
+    assert model._turns.waiting == 0
 
 
 def test_a_model_may_call_its_own_predict():
