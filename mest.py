@@ -47,7 +47,7 @@ import time
 import traceback
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -57,7 +57,7 @@ from urllib.parse import parse_qsl
 
 import cerberus
 import flask
-from cerberus.errors import FORBIDDEN_VALUE, UNALLOWED_VALUE
+from cerberus.errors import FORBIDDEN_VALUE, SEQUENCE_SCHEMA, UNALLOWED_VALUE
 from flask import current_app, request
 from flask.blueprints import BlueprintSetupState
 from flask.json.provider import DefaultJSONProvider
@@ -98,7 +98,7 @@ class Problem(MestError, HTTPException):
         return [("Content-Type", "application/problem+json"), *self.headers.items()]
 
 
-def as_problem(error: Exception, logger: logging.Logger) -> HTTPException:
+def as_problem(error: BaseException, logger: logging.Logger) -> HTTPException:
     """Return the answer to any exception: the one place where errors become answers.
 
     What Werkzeug and `flask.abort` raise keeps its status and headers. All else is a defect of the
@@ -152,7 +152,7 @@ class MestConfig:
         "workers": (1, range(1, 1025), "processes under gunicorn, each with its own models"),
         "threads": (40, range(1, 1025), "requests that each process answers at once"),
         "max_body_bytes": (2**24, range(1, 2**40), "bytes, the largest body of a request"),
-        "max_queued_requests": (512, range(1, 10**6), "requests that wait for a model, a process"),
+        "max_queued_requests": (512, range(1, 10**6), "requests that wait for a model or are in it, a process"),
         "request_timeout": (60, range(1, 86401), "seconds that a request waits for the model"),
         "log_level": ("INFO", ("DEBUG", "INFO", "WARNING", "ERROR"), "least severity logged"),
         "log_format": ("auto", ("auto", "json", "text"), "auto is text on a terminal, else json"),
@@ -176,6 +176,8 @@ class MestConfig:
             for name in ("max_batch_size", "max_concurrency"):
                 if type(count := getattr(model, name, 1)) is not int or count < 1:
                     raise MestError(f"{name} of {model!r} is {count!r}; it must be 1 or more")
+            if not isinstance(seconds := getattr(model, "batch_timeout", 0), (int, float)):
+                raise MestError(f"batch_timeout of {model!r} is {seconds!r}; it must be seconds")
         self.service_name, self.models_instances = service_name, models_instances
         fields["listen_port"] = listen_port
         fields["local_model_directory_path"] = local_model_directory_path
@@ -300,8 +302,12 @@ def decode_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def is_finite(value: Any) -> bool:
-    return type(value) not in (int, float) or -sys.float_info.max <= value <= sys.float_info.max
+def are_finite(numbers: Iterable) -> bool:
+    """Return whether all numbers can be floats that are neither infinite nor NaN."""
+    try:
+        return all(map(math.isfinite, numbers))
+    except OverflowError:
+        return False
 
 
 def fault_of(value: Any) -> str | None:
@@ -309,7 +315,7 @@ def fault_of(value: Any) -> str | None:
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         types = set(map(type, level))
-        if types & {int, float} and not all(is_finite(item) for item in level):
+        if not are_finite([item for item in level if type(item) in (int, float)]):
             return "contains a number that is not finite, or too large for a float"
         if not types & {dict, list}:
             return None
@@ -398,7 +404,7 @@ def convert_text(text: Any, rules: Any) -> Any:
         value = DECODER.decode(text.lower())
     except (ValueError, RecursionError):
         return text
-    fits = not TYPES_OF_JSON.get(type(value), set()).isdisjoint(types) and is_finite(value)
+    fits = TYPES_OF_JSON.get(type(value), set()).intersection(types) and are_finite([value])
     return value if fits else text
 
 
@@ -430,20 +436,21 @@ class Validator(cerberus.Validator):
         """Return the document with no more unknown fields than are reported."""
         if self.allow_unknown or not isinstance(self.schema, Mapping):
             return document
-        surplus = [*document.keys() - self.schema.keys()][MAX_ERRORS:]
-        return {k: document[k] for k in document.keys() - surplus} if surplus else document
+        surplus = {*[*document.keys() - self.schema.keys()][MAX_ERRORS:]}
+        return {k: v for k, v in document.items() if k not in surplus} if surplus else document
 
     def _check_of(self, rules: Any) -> Check:
         """Return the check of a list of items with such rules, which all requests share."""
         checks = self._config.setdefault("checks", {})
-        if id(rules) not in checks:
-            # with the rules, whose id no others can have then
-            checks[id(rules)] = rules, Check({"items": {"type": "list", "schema": rules}})
-        return checks[id(rules)][1]
+        flags = self.allow_unknown, self.require_all
+        key = id(rules), *map(bool, flags)
+        if key not in checks:  # kept with the rules, whose id no others can have then
+            items = {"items": {"type": "list", "schema": rules}}
+            checks[key] = rules, Check(items, *flags)
+        return checks[key][1]
 
-    def _doubtful(self, rules: Any, items: list) -> Iterator[tuple[int, Any]]:
+    def _doubtful(self, check: Check, items: list) -> Iterator[tuple[int, Any]]:
         """Yield the items, after their indexes, that their check is not sure of."""
-        check = self._check_of(rules)
         for start in range(0, len(items), 1000):
             part = items[start : start + 1000]
             if check({"items": part}) is None:
@@ -454,12 +461,17 @@ class Validator(cerberus.Validator):
     def _validate_schema(self, schema: Any, field: str, value: Any) -> None:
         """{'type': ['dict', 'string'],
         'anyof': [{'check_with': 'schema'}, {'check_with': 'bulk_schema'}]}"""  # as Cerberus's own
-        if not isinstance(value, list):
+        if not isinstance(value, list) or (check := self._check_of(schema)).normalizes:
             return super()._validate_schema(schema, field, value)
-        doubtful, found = self._doubtful(schema, value), 0
+        doubtful, found = self._doubtful(check, value), 0
         while found < MAX_ERRORS and (items := dict(itertools.islice(doubtful, MAX_ERRORS))):
-            super()._validate_schema(dict.fromkeys(items, schema), field, items)
-            found = sum(len(error.child_errors or ()) for error in self._errors)
+            rules = dict.fromkeys(items, schema)
+            crumbs = {"document_crumb": field, "schema_crumb": (field, "schema")}
+            within = self._get_child_validator(**crumbs, schema=rules)
+            if not within(items, update=self.update, normalize=False):
+                self._drop_nodes_from_errorpaths(within._errors, [], [2])
+                self._error(field, SEQUENCE_SCHEMA, within._errors)
+                found += len(within._errors)
 
     def _BareValidator__normalize_sequence_per_schema(self, field: str, *args: Any) -> None:
         *_, schema = args
@@ -472,6 +484,8 @@ class Validator(cerberus.Validator):
         for error in args[0] if len(args) == 1 else ():
             if error.code not in (UNALLOWED_VALUE.code, FORBIDDEN_VALUE.code):
                 error.value = None  # the message does without it, and copies of it would be dear
+            if error.info and type(error.info[0]) is tuple:  # the unallowed values
+                error.info = (error.info[0][:MAX_ERRORS],)
         super()._error(*args)
 
     def _normalize_default(self, mapping: dict, schema: Mapping, field: str) -> None:
@@ -544,20 +558,20 @@ class Check:
     what Cerberus does: whether unknown fields are allowed, and all known ones required.
     """
 
-    def __init__(self, schema: Mapping):
+    def __init__(self, schema: Mapping, unknown: Any = False, required: Any = False):
         self.lines = ["def check(document):", " defaults = []"]
+        #: Whether Cerberus may change what it accepts.
+        self.normalizes = False
         self.names = {"deepcopy": copy.deepcopy, "fault_of": fault_of, "isfinite": math.isfinite}
         self.names |= {"MISSING": object(), "check": None}
         try:
-            self.fields(1, "document", schema, False, False)
+            self.fields(1, "document", schema, unknown, required)
             self.write(1, "for place, key, value in defaults: place[key] = deepcopy(value)")
             self.write(1, "return document")
             exec("\n".join(self.lines), self.names)
         except (Uncheckable, TypeError, SyntaxError):  # SyntaxError: nested too deep for Python
-            pass
+            self.normalizes = True
         self.function = self.names["check"]
-        #: Whether Cerberus may change what it accepts.
-        self.normalizes = not self.function or any("defaults.append" in x for x in self.lines)
 
     def __call__(self, document: dict) -> dict | None:
         try:
@@ -593,6 +607,8 @@ class Check:
             key, value = self.name(field), self.name()
             self.write(depth, f"{value} = {place}.get({key}, MISSING)")
             if "default" in rules:
+                if (unknown or required) and isinstance(rules["default"], (dict, list)):
+                    raise Uncheckable  # what it has within would be checked otherwise than alone
                 filled = Validator({field: {**rules, "required": False}}).normalized({})[field]
                 filled = f"defaults.append(({place}, {key}, {self.name(filled)}))"
                 self.write(depth, f"if {value} is MISSING: {filled}")
@@ -606,8 +622,12 @@ class Check:
         if not isinstance(rules, Mapping) or not TYPES.keys() >= set(types_of(rules)):
             raise Uncheckable
         others = rules.keys() - NEUTRAL
+        self.normalizes |= "default" in rules
         kinds = types_of(rules) or (("float", "string") if others else TYPES)
         return set().union(*map(TYPES.get, kinds)), others
+
+    def bounded(self, rules: Mapping) -> bool:
+        return are_finite(rules.get(rule, math.inf) for rule in RANGE)
 
     def value(self, depth: int, value: str, rules: Any, *inherited: Any) -> None:
         """Write about one value."""
@@ -624,7 +644,7 @@ class Check:
         if others - checked or {"schema", "items"} <= others:
             raise Uncheckable
         self.refuse(depth, rules, value, value, value, value if types == {list} else f"({value},)")
-        if types <= NUMBERS and not RANGE <= others:
+        if types <= NUMBERS and not self.bounded(rules):
             self.write(depth, f"if not isfinite({value}): return")
         elif types & {dict, list, *NUMBERS} and not others & {"items", "schema", "valuesrules"}:
             self.write(depth, f"if fault_of({value}): return")
@@ -647,7 +667,7 @@ class Check:
             self.value(depth + 1, item, rules, *inherited)
             return
         self.write(depth, f"if {items}:")
-        finite = types <= NUMBERS and not RANGE <= others
+        finite = types <= NUMBERS and not self.bounded(rules)
         if finite:
             self.write(depth + 1, f"if not isfinite(sum({items})): return")
         if not finite or types < NUMBERS:  # a sum has shown that they are numbers
@@ -759,7 +779,7 @@ class GenericModel:
     model: Any = None
     #: How many requests `infer_batch` is given at once.
     max_batch_size = 1
-    #: Seconds, at most, to wait for a batch to become as large as the one before it.
+    #: Seconds, at most, that a batch waits for the crowd that was there before it.
     batch_timeout = 0.005
     #: How many threads may be in `infer` or `infer_batch` at once.
     max_concurrency = 1
@@ -780,11 +800,7 @@ class GenericModel:
 
     def infer(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's result for a payload; by default that of a batch of one."""
-        payload = kwargs or (args[0] if len(args) == 1 else list(args))
-        (result,) = results_of(self, [payload])
-        if isinstance(result, BaseException):
-            raise result
-        return result
+        return self._turns.infer(kwargs or (args[0] if len(args) == 1 else list(args)))
 
     def infer_batch(self, payloads: list) -> Sequence:
         """Return the results for the payloads of several requests, one each, in their order.
@@ -808,6 +824,10 @@ class GenericModel:
             return result
         return pass_on(result, self.post_process)
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = vars(self).items()  # a copy has turns of its own
+        return {name: value for name, value in state if not name.startswith("_turns_")}
+
     @property
     def _turns(self) -> Turns:
         key = f"_turns_{os.getpid()}"  # neither threads nor locks come through a fork
@@ -824,11 +844,14 @@ def pass_on(value: Any, stage: Callable) -> Any:
 def results_of(model: GenericModel, payloads: list) -> list:
     """Return the result or the exception of each payload, none of which fails for another."""
     try:
-        results = list(model.infer_batch(payloads))
+        results = model.infer_batch(list(payloads))
+        results = results.to_numpy() if hasattr(results, "to_numpy") else results
+        kind = type(results).__name__
+        results = [] if isinstance(results, (Mapping, str, bytes)) else list(results)
         if len(results) == len(payloads):
             return results
-        counts = f"{len(results)} results for {len(payloads)} payloads"
-        raise MestError(f"infer_batch of {type(model).__name__} returned {counts}")
+        what = f"a {kind} with {len(results)} results for {len(payloads)} payloads"
+        raise MestError(f"infer_batch of {type(model).__name__} returned {what}")
     except Exception as error:
         if len(payloads) == 1 or isinstance(error, MemoryError):
             return [error] * len(payloads)
@@ -838,12 +861,12 @@ def results_of(model: GenericModel, payloads: list) -> list:
 class Turns:
     """Who uses a model when: callers in turn, or in batches that threads of its own carry out.
 
-    A thread takes what is queued, and waits until the batch is as large as the last one, for no
-    longer than `batch_timeout`: so a lone caller never waits, and a crowd fills the batches.
+    A thread takes what is queued and waits, `batch_timeout` at most, for as many as there were when
+    the last batch was done, in it and behind it: so a lone caller never waits, and a crowd fills
+    the batches. (If it waited for as many as in the last batch, two half-full ones would alternate.)
     """
 
     def __init__(self, model: GenericModel):
-        self.limit, self.timeout = model._limits
         self.waiting = 0
         batches = type(model).infer_batch is not GenericModel.infer_batch
         self.batching = batches and model.max_batch_size > 1
@@ -856,26 +879,34 @@ class Turns:
     def run(self, payload: Any) -> Any:
         """Return the model's result for a payload, once its turn has come."""
         if threading.get_ident() in self.inside:  # the model calls itself
-            return pass_on(payload, self.model.infer)
+            return self.infer(payload)
         if not self.batching:
             return self.run_here(payload)
         future = self.submit(payload)
         try:
-            return future.result(self.timeout)
+            return future.result(self.model._limits[1])
         except FutureTimeoutError:
             if future.done():
                 raise  # the model itself has raised it
             future.cancel()
             raise Problem(504, "The model did not answer in time.") from None
 
+    def infer(self, payload: Any) -> Any:
+        if type(self.model).infer is not GenericModel.infer:
+            return pass_on(payload, self.model.infer)
+        (result,) = results_of(self.model, [payload])
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
     def run_here(self, payload: Any) -> Any:
         self.enter()
         try:
-            if not self.free.acquire(timeout=self.timeout):
+            if not self.free.acquire(timeout=self.model._limits[1]):
                 raise Problem(504, "The model was not free in time.")
             self.inside.add(me := threading.get_ident())
             try:
-                return pass_on(payload, self.model.infer)
+                return self.infer(payload)
             finally:
                 self.inside.discard(me)
                 self.free.release()
@@ -884,20 +915,20 @@ class Turns:
 
     def submit(self, payload: Any) -> Future:
         """Return the future result for a payload. If it is cancelled in time, none is computed."""
-        self.enter()
         future: Future = Future()
-        future.add_done_callback(self.leave)
         with self.lock:
             while len(self.threads) < self.model.max_concurrency:
                 thread = threading.Thread(target=self.serve, daemon=True)
+                thread.start()  # which may fail
                 self.threads.add(thread)
-                thread.start()
+            self.enter()
+            future.add_done_callback(self.leave)
             self.queue.put((payload, future))
         return future
 
     def enter(self) -> None:
         with self.lock:
-            if self.waiting >= self.limit:
+            if self.waiting >= self.model._limits[0]:
                 raise Problem(503, "Too many requests wait.", headers={"Retry-After": "1"})
             self.waiting += 1
 
@@ -909,11 +940,14 @@ class Turns:
         """Carry out batches, in a thread, until the model ends it: by sys.exit, for one."""
         self.inside.add(me := threading.get_ident())
         batch: list[tuple[Any, Future]] = []
+        crowd = 1
         try:
             while True:
-                batch = self.next_batch(len(batch))
+                batch = []
+                self.fill(batch, crowd)
                 live = [item for item in batch if item[1].set_running_or_notify_cancel()]
                 results = results_of(self.model, [payload for payload, _ in live]) if live else []
+                crowd = len(batch) + self.queue.qsize()
                 for (_, future), result in zip(live, results):
                     failed = isinstance(result, BaseException)
                     (future.set_exception if failed else future.set_result)(result)
@@ -928,15 +962,14 @@ class Turns:
                 with contextlib.suppress(InvalidStateError):  # it is done, or given up
                     future.set_exception(ended)
 
-    def next_batch(self, size: int) -> list[tuple[Any, Future]]:
-        """Return what is queued, after a wait for so many."""
-        batch = [self.queue.get()]
+    def fill(self, batch: list[tuple[Any, Future]], crowd: int) -> None:
+        """Put into a batch what is queued, after a wait for so many."""
+        batch.append(self.queue.get())
         deadline = time.monotonic() + self.model.batch_timeout
         with contextlib.suppress(Empty):
             while len(batch) < self.model.max_batch_size:
                 left = max(0.0, deadline - time.monotonic())
-                batch.append(self.queue.get(len(batch) < size, left))
-        return batch
+                batch.append(self.queue.get(len(batch) < crowd, left))
 
 
 MestModel = GenericModel
@@ -1055,7 +1088,7 @@ def as_view(handler: Callable) -> Callable:
     def view(**variables: Any) -> Any:
         try:
             return add_request_id(to_response(call(**variables)))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit would take the whole process along
             if current_app.debug and not isinstance(error, HTTPException):
                 raise  # to the debugger
             return add_request_id(as_problem(error, service().logger).get_response(request.environ))
@@ -1312,7 +1345,7 @@ def command_line() -> argparse.ArgumentParser:
     app = argparse.ArgumentParser(add_help=False)
     app.add_argument("--app", default=argparse.SUPPRESS, metavar="FILE_OR_MODULE[:NAME]",
                      help="the application, and its Mest's name; default $MEST_APP or app.py")
-    parser = argparse.ArgumentParser("mest", description=__doc__.splitlines()[0], parents=[app])
+    parser = argparse.ArgumentParser("mest", description=__doc__.split(" This ")[0], parents=[app])
     parser.add_argument("--version", action="version", version=f"mest {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     servers = commands.add_parser("run", help="serve the application", parents=[app])
@@ -1323,8 +1356,9 @@ def command_line() -> argparse.ArgumentParser:
         command = group.add_parser(name, help=run.__doc__, description=run.__doc__, **options)
         command.set_defaults(run=run)
         for field in fields:
-            option, help = "--" + field.removeprefix("listen_"), MestConfig.FIELDS[field][2]
-            command.add_argument(option, dest=field, default=argparse.SUPPRESS, help=help)
+            option, help = field.removeprefix("listen_"), MestConfig.FIELDS[field][2]
+            shown = {"default": argparse.SUPPRESS, "metavar": option.upper(), "help": help}
+            command.add_argument(f"--{option}", dest=field, **shown)
         return command
 
     dev = add(servers, "dev", run_dev, "listen_host", "listen_port")

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import pickle
 import random
 import re
 import shutil
@@ -267,7 +268,7 @@ def test_abort_becomes_problem_details_and_keeps_its_headers(route):
     def handler():
         raise Unauthorized("who?", www_authenticate=WWWAuthenticate("basic"))
 
-    assert route(handler)().headers["WWW-Authenticate"] == "Basic"
+    assert route(handler)().headers["WWW-Authenticate"].strip() == "Basic"
     assert route(lambda: flask.abort(flask.Response("mine", 418)))().text == "mine"
 
 
@@ -282,6 +283,10 @@ def test_an_exception_in_a_handler_is_an_opaque_500_that_the_log_explains(route,
     (line,) = log_of(capsys)
     assert line["request_id"] == "r-7" and line["level"] == "ERROR"
     assert "POST" in line["message"] and "KeyError: 'hunter2'" in line["traceback"]
+
+
+def test_an_exit_in_a_handler_is_a_500_and_not_the_end_of_the_service(route):
+    assert route(lambda: sys.exit(3))().status_code == 500
 
 
 def test_unknown_urls_and_wrong_methods_are_problem_details_where_mest_owns_the_application(router):
@@ -946,6 +951,55 @@ def test_a_compiled_check_accepts_what_cerberus_accepts_and_makes_the_same_of_it
     assert compiled > 200 and accepted > 800 and sure > 0.6 * accepted
 
 
+I = {"type": "integer"}
+ROW = {"type": "dict", "schema": {"a": {**I, "default": 1}}}
+LIST = {"type": "list", "schema": {"type": "dict", "schema": {"q": I}}}
+
+
+@pytest.mark.parametrize(
+    "schema, document",
+    [
+        ({"x": {"anyof": [{"type": "list", "schema": ROW}, {"type": "string"}]}}, {"x": [{}]}),
+        ({"x": {"noneof": [{"type": "list", "schema": ROW}]}}, {"x": [{"a": "b"}]}),
+        ({"x": {"oneof": [{"type": "list", "schema": ROW}, {"type": "list", "schema": {"schema": {"a": I, "b": I}}}]}},
+         {"x": [{"b": 1}]}),
+        ({"n": {"coerce": int}, "a": {"type": "dict", "require_all": True, "schema": {"l": LIST}}},
+         {"n": "1", "a": {"l": [{}]}}),
+        ({"n": {"coerce": int}, "a": {"type": "dict", "allow_unknown": True, "schema": {"l": LIST}}},
+         {"n": "1", "a": {"l": [{"z": 1}, {"q": "x"}]}}),
+        ({"l": {**LIST, "allow_unknown": True}}, {"l": [{"z": 1}]}),
+        ({"o": {"type": "dict", "require_all": True, "schema": {"l": {**LIST, "require_all": False}}}}, {"o": {"l": [{}]}}),
+        ({"x": {"type": "list", "schema": {**I, "default": 5}}}, {"x": [1, None]}),
+        ({"x": {"type": "list", "schema": ROW}}, {"x": [{}, {"a": None}, {"a": 2}]}),
+        ({"a": {"type": "dict", "require_all": True, "schema": {"b": {"type": "dict", "default": {}, "schema": {"c": I}}}}},
+         {"a": {}}),
+        ({"d": {"type": "dict", "purge_unknown": True, "schema": {name: {} for name in "hgfedcba"}}},
+         {"d": {name: 1 for name in "hgfedcba"} | {str(i): i for i in range(30)}}),
+        ({"x": {"type": "list", "items": []}}, {"x": [1]}),
+        ({"x": {"type": "list", "schema": {"anyof": [I, {"type": "list", "schema": I}]}}}, {"x": [1, [2], ["a"]] * 3}),
+    ],
+)
+def test_rules_next_to_each_other_mean_what_they_mean_to_cerberus(schema, document):
+    validator = cerberus.Validator(copy.deepcopy(schema))
+    valid = validator.validate(copy.deepcopy(document))
+    parameters, given = mest.Parameters(schema, None, "it"), copy.deepcopy(document)
+    try:
+        assert typed(parameters.check(given)) == typed(validator.document) and valid
+    except Problem as problem:
+        assert not valid and problem.errors == validator.errors
+
+
+@pytest.mark.parametrize("value", [float("inf"), 10**400])
+@pytest.mark.parametrize("low, high", [(-float("inf"), float("inf")), (0, float("inf")), (0, 10**500)])
+def test_numbers_are_finite_even_if_the_limits_are_not(value, low, high):
+    rules = {"type": "float", "min": low, "max": high}
+    for schema, document in [
+        (rules, value), ({"type": "list", "schema": rules}, [value]), ({"type": "dict", "valuesrules": rules}, {"a": value}),
+    ]:
+        with pytest.raises(Problem, match="400 Bad Request: The body contains a number that is not finite"):
+            mest.Parameters({"x": schema}, None, "it").check({"x": document})
+
+
 F = {"type": "float"}
 SCHEMAS = {
     "floats": ({"v": {"type": "list", "schema": F}}, {"v": [i / 7 for i in range(1000)]}),
@@ -1136,7 +1190,7 @@ class Faulty(Batched):
 @pytest.mark.parametrize("size", [1, 32])
 def test_who_fails_fails_alone(size):
     model = Faulty(max_batch_size=size)
-    for x, kind, text in [(13, ValueError, "unlucky"), (7, KeyError, "7"), (99, MestError, "0 results for 1 payloads")]:
+    for x, kind, text in [(13, ValueError, "unlucky"), (7, KeyError, "7"), (99, MestError, "a list with 0 results for 1 payloads")]:
         with pytest.raises(kind, match=text):
             model.predict(x=x)
     first, failed, last = together(model, [1, 13, 2]) if size > 1 else (1, ValueError("unlucky"), 4)
@@ -1145,7 +1199,7 @@ def test_who_fails_fails_alone(size):
         first, key, last = together(Faulty(), [1, 7, 2])
         assert (first, last, type(key)) == (1, 4, KeyError)
         first, short, last = together(Faulty(), [1, 99, 2])
-        assert (first, last) == (1, 4) and "infer_batch of Faulty returned 0 results for 1 payloads" == str(short)
+        assert (first, last) == (1, 4) and "returned a list with 0 results for 1 payloads" in str(short)
 
 
 def test_a_failed_batch_is_run_one_by_one_once_but_not_after_a_memory_error():
@@ -1289,10 +1343,79 @@ if child:
     assert project.mest(command=("-W", "ignore", "forks.py")).returncode == 0
 
 
+def test_a_batch_may_use_up_the_list_that_it_is_given():
+    class Popping(Batched):
+        def infer_batch(self, payloads):
+            results = []
+            while payloads:
+                results.append(payloads.pop(0)["x"] ** 2)
+            return results
+
+    assert Popping().predict(x=3) == Popping(max_batch_size=1).predict(x=3) == 9
+
+
+@pytest.mark.parametrize("results", [{"scores": [1]}, "a", None])
+def test_results_that_are_no_list_are_refused(results):
+    model = Batched(infer=GenericModel.infer)
+    model.infer_batch = lambda payloads: results
+    with pytest.raises((MestError, TypeError), match="infer_batch of Batched returned a|not iterable"):
+        model.predict(x=1)
+
+
+def test_a_data_frame_of_results_has_one_in_a_row():
+    pandas = pytest.importorskip("pandas")
+    model = Batched()
+    model.infer_batch = lambda payloads: pandas.DataFrame({"a": [1.0] * len(payloads), "b": 2.0})
+    assert model.predict(x=1).tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("size", [1, 32])
+@pytest.mark.parametrize("payload", [{"a": 1}, {}, [5], [[1, 2]], [], 7, None])
+def test_infer_batch_is_given_what_pre_process_returned(size, payload):
+    class Echo(Batched):
+        def pre_process(self, **params):
+            return payload
+
+        def infer_batch(self, payloads):
+            return payloads
+
+    assert Echo(max_batch_size=size).predict() == payload
+
+
+def test_a_thread_that_cannot_be_started_is_one_failure_not_the_end(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    model = Batched()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="start new thread"):
+            model.predict(x=1)
+    assert model.predict(x=3) == 9 and model._turns.waiting == 0
+
+
+def test_a_model_can_be_copied_and_pickled_after_it_has_predicted():
+    model = Batched(factor=1)
+    model.predict(x=1)
+    for other in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.predict(x=3) == 9 and other._turns is not model._turns
+
+
+def test_the_limits_hold_for_a_model_that_has_predicted_before():
+    model = Batched()
+    model.predict(x=1)
+    make(models=[model], max_queued_requests=1)
+    model._turns.enter()
+    with pytest.raises(Problem, match="503"):
+        model.predict(x=1)
+
+
 @pytest.mark.parametrize("name", ["max_batch_size", "max_concurrency"])
 def test_the_sizes_of_a_model_are_checked(name):
     with pytest.raises(MestError, match=f"{name} of .* is 0; it must be 1 or more"):
         make(models=[Batched(**{name: 0})])
+    with pytest.raises(MestError, match="batch_timeout of .* is None; it must be seconds"):
+        make(models=[Batched(batch_timeout=None)])
 
 
 # Routes
