@@ -152,7 +152,7 @@ class MestConfig:
         "workers": (1, range(1, 1025), "processes under gunicorn, each with its own models"),
         "threads": (40, range(1, 1025), "requests that each process answers at once"),
         "max_body_bytes": (2**24, range(1, 2**40), "bytes, the largest body of a request"),
-        "max_queued_requests": (512, range(1, 10**6), "requests that wait for a model or are in it, a process"),
+        "max_queued_requests": (512, range(1, 10**6), "requests at a model, waiting ones too, a process"),
         "request_timeout": (60, range(1, 86401), "seconds that a request waits for the model"),
         "log_level": ("INFO", ("DEBUG", "INFO", "WARNING", "ERROR"), "least severity logged"),
         "log_format": ("auto", ("auto", "json", "text"), "auto is text on a terminal, else json"),
@@ -474,7 +474,7 @@ class Validator(cerberus.Validator):
                 found += len(within._errors)
 
     def _BareValidator__normalize_sequence_per_schema(self, field: str, *args: Any) -> None:
-        *_, schema = args
+        *_, schema = args  # Cerberus would go through all items to change nothing
         if self._check_of(schema[field]["schema"]).normalizes:
             super()._BareValidator__normalize_sequence_per_schema(field, *args)
 
@@ -800,7 +800,7 @@ class GenericModel:
 
     def infer(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's result for a payload; by default that of a batch of one."""
-        return self._turns.infer(kwargs or (args[0] if len(args) == 1 else list(args)))
+        return result_of(self, kwargs or (args[0] if len(args) == 1 else list(args)))
 
     def infer_batch(self, payloads: list) -> Sequence:
         """Return the results for the payloads of several requests, one each, in their order.
@@ -858,12 +858,20 @@ def results_of(model: GenericModel, payloads: list) -> list:
     return [results_of(model, [payload])[0] for payload in payloads]
 
 
+def result_of(model: GenericModel, payload: Any) -> Any:
+    """Return or raise the result of a batch of one."""
+    (result,) = results_of(model, [payload])
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
 class Turns:
     """Who uses a model when: callers in turn, or in batches that threads of its own carry out.
 
     A thread takes what is queued and waits, `batch_timeout` at most, for as many as there were when
-    the last batch was done, in it and behind it: so a lone caller never waits, and a crowd fills
-    the batches. (If it waited for as many as in the last batch, two half-full ones would alternate.)
+    the last batch was done, in it and behind it. So a lone caller never waits and a crowd fills the
+    batches; were it only as many as in the last batch, two half-full ones could alternate for ever.
     """
 
     def __init__(self, model: GenericModel):
@@ -892,12 +900,9 @@ class Turns:
             raise Problem(504, "The model did not answer in time.") from None
 
     def infer(self, payload: Any) -> Any:
-        if type(self.model).infer is not GenericModel.infer:
-            return pass_on(payload, self.model.infer)
-        (result,) = results_of(self.model, [payload])
-        if isinstance(result, BaseException):
-            raise result
-        return result
+        if type(self.model).infer is GenericModel.infer:
+            return result_of(self.model, payload)
+        return pass_on(payload, self.model.infer)
 
     def run_here(self, payload: Any) -> Any:
         self.enter()
@@ -1199,8 +1204,8 @@ class Router:
         methods = {method.upper() for method in options["methods"]}
         for other in registration.app.url_map.iter_rules():
             taken = other.methods - ({"OPTIONS"} if other.provide_automatic_options else set())
-            same = (other.subdomain or "", other.host) == host and _shape(other.rule) == _shape(full)
-            if same and methods & taken:
+            same = _shape(other.rule) == _shape(full)
+            if same and methods & taken and (other.subdomain or "", other.host) == host:
                 clash = f"{' '.join(methods & taken)} {full} of router {self.name!r}"
                 raise MestError(f"{clash} is a route already, of the endpoint {other.endpoint!r}")
         registration.add_url_rule(url, view_func=view, **options)

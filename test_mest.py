@@ -1168,6 +1168,14 @@ def test_infer_batch_alone_is_enough(size):
     assert model.predict(x=3) == model.infer(x=3) == 9
 
 
+def test_an_overridden_infer_may_call_the_one_that_it_overrides():
+    class Both(Batched):
+        def infer(self, x):
+            return super().infer(x=x) + 1
+
+    assert Both(max_batch_size=1).predict(x=3) == 10
+
+
 def test_without_infer_batch_there_are_no_batches():
     model = Doubler()
     model.init("")
