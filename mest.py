@@ -644,8 +644,9 @@ class Check:
         if others - checked or {"schema", "items"} <= others:
             raise Uncheckable
         self.refuse(depth, rules, value, value, value, value if types == {list} else f"({value},)")
-        if types <= NUMBERS and not self.bounded(rules):
-            self.write(depth, f"if not isfinite({value}): return")
+        if types <= NUMBERS:
+            if types & {int, float} and not self.bounded(rules):
+                self.write(depth, f"if not isfinite({value}): return")
         elif types & {dict, list, *NUMBERS} and not others & {"items", "schema", "valuesrules"}:
             self.write(depth, f"if fault_of({value}): return")
         if "items" in others:
