@@ -319,9 +319,9 @@ def fault_of(value: Any) -> str | None:
             return "contains a number that is not finite, or too large for a float"
         if not types & {dict, list}:
             return None
-        groups = [item for item in level if isinstance(item, (dict, list))]
-        groups = [group.values() if isinstance(group, dict) else group for group in groups]
-        level = list(itertools.chain.from_iterable(groups))
+        lists = (item for item in level if type(item) is list)
+        dicts = (item for item in level if type(item) is dict)
+        level = list(itertools.chain(*lists, *map(dict.values, dicts)))
     return f"is nested deeper than {MAX_DEPTH} levels"
 
 
@@ -366,6 +366,8 @@ def _with_plain_keys(value: Any) -> Any:
 MAX_ERRORS = 20
 #: Fields of a form. More are a list, which belongs in JSON.
 MAX_FIELDS = 1000
+#: Rules that Cerberus tries on a document as it is, without normalizing it.
+LOGIC = {"allof", "anyof", "noneof", "oneof"}
 #: What each type of a JSON value may stand for in a schema.
 TYPES_OF_JSON = {int: {"integer", "number", "float"}, float: {"number", "float"}, bool: {"boolean"}}
 
@@ -461,21 +463,25 @@ class Validator(cerberus.Validator):
     def _validate_schema(self, schema: Any, field: str, value: Any) -> None:
         """{'type': ['dict', 'string'],
         'anyof': [{'check_with': 'schema'}, {'check_with': 'bulk_schema'}]}"""  # as Cerberus's own
-        if not isinstance(value, list) or (check := self._check_of(schema)).normalizes:
+        check = self._check_of(schema) if isinstance(value, list) else None
+        if not check or not check.function or check.fills and LOGIC.intersection(self.schema_path):
             return super()._validate_schema(schema, field, value)
         doubtful, found = self._doubtful(check, value), 0
         while found < MAX_ERRORS and (items := dict(itertools.islice(doubtful, MAX_ERRORS))):
             rules = dict.fromkeys(items, schema)
             crumbs = {"document_crumb": field, "schema_crumb": (field, "schema")}
             within = self._get_child_validator(**crumbs, schema=rules)
-            if not within(items, update=self.update, normalize=False):
+            if within(items, update=self.update, normalize=check.fills):
+                for index, item in within.document.items():
+                    value[index] = item
+            else:
                 self._drop_nodes_from_errorpaths(within._errors, [], [2])
                 self._error(field, SEQUENCE_SCHEMA, within._errors)
                 found += len(within._errors)
 
     def _BareValidator__normalize_sequence_per_schema(self, field: str, *args: Any) -> None:
-        *_, schema = args  # Cerberus would go through all items to change nothing
-        if self._check_of(schema[field]["schema"]).normalizes:
+        *_, schema = args  # where there is a check, it fills the defaults in, while it validates
+        if not self._check_of(schema[field]["schema"]).function:
             super()._BareValidator__normalize_sequence_per_schema(field, *args)
 
     def _error(self, *args: Any) -> None:
@@ -560,8 +566,8 @@ class Check:
 
     def __init__(self, schema: Mapping, unknown: Any = False, required: Any = False):
         self.lines = ["def check(document):", " defaults = []"]
-        #: Whether Cerberus may change what it accepts.
-        self.normalizes = False
+        #: Whether it may fill defaults into the document.
+        self.fills = False
         self.names = {"deepcopy": copy.deepcopy, "fault_of": fault_of, "isfinite": math.isfinite}
         self.names |= {"MISSING": object(), "check": None}
         try:
@@ -570,7 +576,7 @@ class Check:
             self.write(1, "return document")
             exec("\n".join(self.lines), self.names)
         except (Uncheckable, TypeError, SyntaxError):  # SyntaxError: nested too deep for Python
-            self.normalizes = True
+            self.names["check"] = None
         self.function = self.names["check"]
 
     def __call__(self, document: dict) -> dict | None:
@@ -622,7 +628,7 @@ class Check:
         if not isinstance(rules, Mapping) or not TYPES.keys() >= set(types_of(rules)):
             raise Uncheckable
         others = rules.keys() - NEUTRAL
-        self.normalizes |= "default" in rules
+        self.fills |= "default" in rules
         kinds = types_of(rules) or (("float", "string") if others else TYPES)
         return set().union(*map(TYPES.get, kinds)), others
 

@@ -746,12 +746,14 @@ def leaves(errors):
         {"v": ["x"] * 200_000},
         {"rows": [{}] * 250_000},
         {"rows": [{"a": 1, **{str(i): 1 for i in range(90_000)}}]},
+        {"filled": [{"b": "x"}] * 100_000},
         {"rows": [{str(j): 1 for j in range(30)} for _ in range(30)]},
     ],
 )
 def test_no_more_than_20_errors_are_reported_and_they_cost_little(ask, document):
     rows = {"type": "list", "schema": {"type": "dict", "schema": {"a": {"required": True}}}}
-    send = ask({"v": {"type": "list", "schema": {"type": "float"}}, "rows": rows})
+    filled = {"type": "list", "schema": {"type": "dict", "schema": {"a": {"default": 1}, "b": {"type": "float"}}}}
+    send = ask({"v": {"type": "list", "schema": {"type": "float"}}, "rows": rows, "filled": filled})
     start = time.perf_counter()
     errors = send(json=document).json["errors"]
     assert leaves(errors) == 20
@@ -928,6 +930,8 @@ def test_a_compiled_check_accepts_what_cerberus_accepts_and_makes_the_same_of_it
     wild, compiled, accepted, sure = Wild(seed), 0, 0, 0
     for _ in range(700):
         schema = wild.schema()
+        if coerced := wild.perhaps(0.3):  # which only Cerberus can do
+            schema["n"] = {"coerce": int}
         try:
             parameters = mest.Parameters(schema, None, "it")
         except MestError:
@@ -935,6 +939,7 @@ def test_a_compiled_check_accepts_what_cerberus_accepts_and_makes_the_same_of_it
         compiled += parameters.surely.function is not None
         for _ in range(6):
             document = wild.document(schema, wild.random.choice([0, 0, 0.1, 0.5]))
+            document |= {"n": "1"} if coerced else {}
             validator = cerberus.Validator(copy.deepcopy(schema))
             try:
                 valid = validator.validate(copy.deepcopy(document)) and not mest.fault_of(document)
@@ -948,7 +953,7 @@ def test_a_compiled_check_accepts_what_cerberus_accepts_and_makes_the_same_of_it
             else:
                 assert valid and typed(checked) == typed(validator.document), (schema, document)
             accepted += valid
-    assert compiled > 200 and accepted > 800 and sure > 0.6 * accepted
+    assert compiled > 150 and accepted > 800 and sure > 0.4 * accepted
 
 
 I = {"type": "integer"}
