@@ -15,7 +15,7 @@ A whole service, which `mest run dev` serves here and `mest run gunicorn` in pro
     mest_app = Mest(MestConfig("doubler", 8000, models_instances=[doubler])).setup()
     mest_app.register_router(url="/", router=router)
 
-The path of a request, which is the order of the file too:
+The path of a request, through the sections JSON, Parameters, Models and Routes:
 
     bytes -> decode -> parameters -> check -> model or handler -> result -> encode -> bytes
 
@@ -67,8 +67,11 @@ from werkzeug.serving import is_running_from_reloader, run_simple
 from werkzeug.wsgi import get_input_stream
 
 __version__ = "0.1.0"
-__all__ = ["GenericModel", "Mest", "MestConfig", "MestError", "MestModel", "Problem", "Router"]
-__all__ += ["validate_params"]
+__all__ = [
+    "GenericModel", "Mest", "MestConfig", "MestError", "MestModel", "Problem", "Router",
+    "validate_params",
+]
+
 
 # Errors
 
@@ -80,7 +83,11 @@ class MestError(Exception):
 class Problem(MestError, HTTPException):
     """An answer that reports an error, as problem details (RFC 9457). A handler may raise it.
 
-    Its `errors` are Cerberus's, by field; `headers` are further ones, like {"Retry-After": "1"}.
+    Args:
+        status: the HTTP status, such as 422.
+        detail: what went wrong, for the client to read.
+        errors: Cerberus's errors, by field.
+        headers: further headers, such as {"Retry-After": "1"}.
     """
 
     def __init__(
@@ -152,7 +159,7 @@ class MestConfig:
         "workers": (1, range(1, 1025), "processes under gunicorn, each with its own models"),
         "threads": (40, range(1, 1025), "requests that each process answers at once"),
         "max_body_bytes": (2**24, range(1, 2**40), "bytes, the largest body of a request"),
-        "max_queued_requests": (512, range(1, 10**6), "requests at a model, waiting ones too, a process"),
+        "max_queued_requests": (512, range(1, 10**6), "requests at a model, in each process"),
         "request_timeout": (60, range(1, 86401), "seconds that a request waits for the model"),
         "log_level": ("INFO", ("DEBUG", "INFO", "WARNING", "ERROR"), "least severity logged"),
         "log_format": ("auto", ("auto", "json", "text"), "auto is text on a terminal, else json"),
@@ -1255,7 +1262,7 @@ class Mest:
                 model._limits = config.max_queued_requests, config.request_timeout
         #: Whether the process is about to stop: pings say so, and no more requests should come.
         self.draining = False
-        self._loaded: list[Any] = []
+        self._loaded: set[int] = set()  # the models' ids
 
     def _flask(self) -> flask.Flask:
         name, here = self.config.service_name, os.getcwd()
@@ -1282,7 +1289,7 @@ class Mest:
         """Do what `setup` does, even while the command has deferred it."""
         directory = self.config.local_model_directory_path
         for model in self.config.models_instances:
-            if any(model is loaded for loaded in self._loaded):
+            if id(model) in self._loaded:
                 continue
             name, started = type(model).__name__, time.perf_counter()
             try:
@@ -1294,7 +1301,7 @@ class Mest:
                 raise MestError(reason) from error
             if isinstance(model, GenericModel):
                 model._initialised = True
-            self._loaded.append(model)
+            self._loaded.add(id(model))
             self.logger.info("model %s loaded in %.3f s", name, time.perf_counter() - started)
 
     def register_router(self, url: str, router: Router) -> None:
@@ -1410,12 +1417,11 @@ def run_dev(args: argparse.Namespace) -> int:
 
 def run_gunicorn(args: argparse.Namespace) -> int:
     """serve in production with gunicorn, whose own options may follow a --"""
-    try:
-        from gunicorn.app.base import Application
-        from gunicorn.errors import AppImportError, HaltServer
-        from gunicorn.workers.gthread import ThreadWorker
-    except ImportError:
-        raise MestError("gunicorn is not installed: pip install gunicorn") from None
+    need("gunicorn")
+    from gunicorn.app.base import Application
+    from gunicorn.errors import AppImportError, HaltServer
+    from gunicorn.workers.gthread import ThreadWorker
+
     mest_app, _ = load_app(args)
     config, given = mest_app.config, vars(args)
     host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
@@ -1457,7 +1463,8 @@ def run_gunicorn(args: argparse.Namespace) -> int:
             return mest_app.app
 
     server, master = Service(), os.getpid()
-    if "GUNICORN_FD" not in os.environ:  # it is not a master that replaces another
+    inherited = {"GUNICORN_FD", "LISTEN_FDS"} & os.environ.keys()  # from a master, from systemd
+    if not inherited and not server.cfg.reuse_port:
         refuse_if_taken(server.cfg)
     try:
         server.run()
@@ -1507,13 +1514,18 @@ def run_shell(args: argparse.Namespace) -> int:
 
 def run_test(args: argparse.Namespace) -> int:
     """run pytest on this directory, with its own arguments"""
-    try:
-        import pytest
-    except ImportError:
-        raise MestError("pytest is not installed: pip install pytest") from None
+    pytest = need("pytest")
     Mest._run_by_command = True
     sys.path.insert(0, os.getcwd())
     return int(pytest.main(args.arguments))
+
+
+def need(package: str) -> ModuleType:
+    """Return a package that only some commands need, or raise a MestError if it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise MestError(f"{package} is not installed: pip install {package}") from None
 
 
 def load_app(args: argparse.Namespace) -> tuple[Mest, ModuleType]:
