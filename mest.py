@@ -1418,9 +1418,7 @@ def run_dev(args: argparse.Namespace) -> int:
 def run_gunicorn(args: argparse.Namespace) -> int:
     """serve in production with gunicorn, whose own options may follow a --"""
     need("gunicorn")
-    from gunicorn.app.base import Application
     from gunicorn.errors import AppImportError, HaltServer
-    from gunicorn.workers.gthread import ThreadWorker
 
     mest_app, _ = load_app(args)
     config, given = mest_app.config, vars(args)
@@ -1428,41 +1426,7 @@ def run_gunicorn(args: argparse.Namespace) -> int:
     bind = f"{host or '0.0.0.0'}:{config.listen_port}"
     options = [f"--{name}={given[name]}" for name in ("workers", "threads") if name in given]
     options += [f"--bind={bind}"] if {"listen_host", "listen_port"} & given.keys() else []
-
-    class Worker(ThreadWorker):
-        def handle_exit(self, number: int, frame: Any) -> None:
-            mest_app.draining = True
-            super().handle_exit(number, frame)
-
-    class Service(Application):
-        def init(self, parser: Any, opts: Any, args: list[str]) -> dict[str, Any]:
-            if args:
-                parser.error(f"{args[0]} is no option; mest --app names the application")
-            return {
-                "bind": bind,
-                "workers": config.workers,
-                "threads": config.threads,
-                "worker_class": Worker,
-                "keepalive": 75,  # seconds; load balancers keep idle connections for 60
-                "control_socket_disable": True,  # it writes to $HOME, which containers may lack
-                "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
-            }
-
-        def load_config(self) -> None:
-            argv, sys.argv = sys.argv, ["mest run gunicorn --", *options, *args.options]
-            try:
-                super().load_config()  # reads sys.argv, the environment and gunicorn.conf.py
-            finally:
-                sys.argv = argv
-
-        def load(self) -> flask.Flask:
-            try:
-                mest_app.load_models()
-            except MestError as error:
-                raise AppImportError(report(error)) from None  # ends the master too
-            return mest_app.app
-
-    server, master = Service(), os.getpid()
+    server, master = gunicorn_for(mest_app, bind, options + args.options), os.getpid()
     inherited = {"GUNICORN_FD", "LISTEN_FDS"} & os.environ.keys()  # from a master, from systemd
     if not inherited and not server.cfg.reuse_port:
         refuse_if_taken(server.cfg)
@@ -1477,6 +1441,51 @@ def run_gunicorn(args: argparse.Namespace) -> int:
         if os.getpid() == master and stop.code in (3, 4):  # a worker could not load the models
             return 1
         raise
+
+
+def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
+    """Return gunicorn's application for a Mest, configured.
+
+    The options beat GUNICORN_CMD_ARGS, that beats gunicorn.conf.py, and that the MestConfig.
+    """
+    from gunicorn.app.base import Application
+    from gunicorn.errors import AppImportError
+    from gunicorn.workers.gthread import ThreadWorker
+
+    class Worker(ThreadWorker):
+        def handle_exit(self, number: int, frame: Any) -> None:
+            mest_app.draining = True
+            super().handle_exit(number, frame)
+
+    class Service(Application):
+        def init(self, parser: Any, opts: Any, args: list[str]) -> dict[str, Any]:
+            if args:
+                parser.error(f"{args[0]} is no option; mest --app names the application")
+            return {
+                "bind": bind,
+                "workers": mest_app.config.workers,
+                "threads": mest_app.config.threads,
+                "worker_class": Worker,
+                "keepalive": 75,  # seconds; load balancers keep idle connections for 60
+                "control_socket_disable": True,  # it writes to $HOME, which containers may lack
+                "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
+            }
+
+        def load_config(self) -> None:
+            argv, sys.argv = sys.argv, ["mest run gunicorn --", *options]
+            try:
+                super().load_config()  # reads sys.argv, the environment and gunicorn.conf.py
+            finally:
+                sys.argv = argv
+
+        def load(self) -> flask.Flask:
+            try:
+                mest_app.load_models()
+            except MestError as error:
+                raise AppImportError(report(error)) from None  # ends the master too
+            return mest_app.app
+
+    return Service()
 
 
 def refuse_if_taken(settings: Any) -> None:
