@@ -452,7 +452,7 @@ class Validator(cerberus.Validator):
         """Return the check of a list of items with such rules, which all requests share."""
         checks = self._config.setdefault("checks", {})
         flags = self.allow_unknown, self.require_all
-        key = id(rules), *map(bool, flags)
+        key = id(rules), *(flag if isinstance(flag, bool) else None for flag in flags)
         if key not in checks:  # kept with the rules, whose id no others can have then
             items = {"items": {"type": "list", "schema": rules}}
             checks[key] = rules, Check(items, *flags)

@@ -1237,46 +1237,48 @@ def test_the_other_stages_fail_only_their_request():
     assert isinstance(outcomes[1], ValueError) and isinstance(outcomes[2], ZeroDivisionError)
 
 
+class Stuck(Batched):
+    """A model that stays in its first batch until it may go on."""
+
+    def __init__(self, **attributes):
+        super().__init__(**attributes)
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    def infer_batch(self, payloads):
+        self.entered.set(), self.go_on.wait(PATIENCE)
+        return super().infer_batch(payloads)
+
+    @contextlib.contextmanager
+    def busy(self):
+        thread = threading.Thread(target=self.predict, kwargs={"x": 1})
+        thread.start()
+        assert self.entered.wait(PATIENCE)
+        try:
+            yield
+        finally:
+            self.go_on.set()
+            thread.join(PATIENCE)
+
+
 @pytest.mark.parametrize("size", [1, 32])
 def test_who_has_given_up_is_not_computed(size):
-    entered, go_on = threading.Event(), threading.Event()
-
-    class Stuck(Batched):
-        def infer_batch(self, payloads):
-            entered.set(), go_on.wait(PATIENCE)
-            return super().infer_batch(payloads)
-
-    model = Stuck(max_batch_size=size, _limits=(512, 0.05))
-    thread = threading.Thread(target=lambda: model.predict(x=1) if size == 1 else model._turns.submit({"x": 1}))
-    thread.start()
-    assert entered.wait(PATIENCE)
-    with pytest.raises(Problem, match="504") as caught:
-        model.predict(x=2)
+    model = Stuck(max_batch_size=size)
+    with model.busy():
+        model._limits = 512, 0.05
+        with pytest.raises(Problem, match="504") as caught:
+            model.predict(x=2)
     assert "in time" in caught.value.description
-    go_on.set()
-    thread.join(PATIENCE)
-    until(lambda: model.batches)
+    model._limits = 512, PATIENCE
     assert model.predict(x=3) == 9 and model.batches == [[1], [3]]
 
 
 @pytest.mark.parametrize("size", [1, 32])
 def test_a_queue_that_is_too_long_refuses_at_once(size):
-    entered, go_on = threading.Event(), threading.Event()
-
-    class Stuck(Batched):
-        def infer_batch(self, payloads):
-            entered.set(), go_on.wait(PATIENCE)
-            return super().infer_batch(payloads)
-
-    model = Stuck(max_batch_size=size, _limits=(1, 60))
-    thread = threading.Thread(target=model.predict, kwargs={"x": 1})
-    thread.start()
-    assert entered.wait(PATIENCE)
-    with pytest.raises(MestError) as caught:
+    model = Stuck(max_batch_size=size, _limits=(1, PATIENCE))
+    with model.busy(), pytest.raises(MestError) as caught:
         model.predict(x=2)
     assert caught.value.code == 503 and caught.value.headers == {"Retry-After": "1"}
-    go_on.set()
-    thread.join(PATIENCE)
+    until(lambda: not model._turns.waiting)
     assert model.predict(x=2) == 4
 
 
