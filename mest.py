@@ -345,10 +345,8 @@ def encode(result: Any) -> tuple[bytes, str]:
     if isinstance(result, (bytes, bytearray)):
         return bytes(result), "application/octet-stream"
     if isinstance(result, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            if isinstance(DECODER.decode(result), (dict, list)):
-                return result.encode(), "application/json"
-        return result.encode(), "text/plain; charset=utf-8"
+        kind = "application/json" if _is_json(result) else "text/plain; charset=utf-8"
+        return result.encode(), kind
     try:
         try:
             text = ENCODER.encode(result)
@@ -357,6 +355,18 @@ def encode(result: Any) -> tuple[bytes, str]:
     except ValueError as error:
         raise ArithmeticError(f"{error}; NaN and infinity have no form in JSON") from None
     return text.encode() + b"\n", "application/json"
+
+
+def _is_json(text: str) -> bool:
+    if not text.lstrip().startswith(("{", "[")):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    if "NaN" in text or "Infinity" in text:
+        DECODER.decode(text)  # raises if they stand outside strings
+    return True
 
 
 def _with_plain_keys(value: Any) -> Any:
