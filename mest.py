@@ -45,9 +45,9 @@ import sys
 import threading
 import time
 import traceback
-from concurrent.futures import Future, InvalidStateError
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeoutError  # its own before Python 3.11
 from datetime import datetime, timezone
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -608,9 +608,11 @@ class Check:
         return name
 
     def write(self, depth: int, line: str) -> None:
+        """Add a statement, so deep."""
         self.lines.append(" " * depth + line)
 
     def refuse(self, depth: int, rules: Mapping, v: str, low: str, high: str, each: str) -> None:
+        """Write about the rules that REFUSED has."""
         for rule in [rule for rule in REFUSED if rule in rules]:
             c = re.compile(rules[rule].removesuffix("$") + "$") if rule == "regex" else rules[rule]
             c = self.name(frozenset(c) if rule in SETS else c)
@@ -626,7 +628,7 @@ class Check:
         condition = others if unknown else f"not {known}.issuperset({place})"
         self.write(depth, f"if {condition}: return")
         for field, rules in schema.items():
-            self.types(rules)
+            self.types(rules)  # no set of rules that can be looked into: Uncheckable
             key, value = self.name(field), self.name()
             self.write(depth, f"{value} = {place}.get({key}, MISSING)")
             if "default" in rules:
@@ -650,6 +652,7 @@ class Check:
         return set().union(*map(TYPES.get, kinds)), others
 
     def bounded(self, rules: Mapping) -> bool:
+        """Return whether what is within the limits is finite."""
         return are_finite(rules.get(rule, math.inf) for rule in RANGE)
 
     def value(self, depth: int, value: str, rules: Any, *inherited: Any) -> None:
@@ -924,11 +927,13 @@ class Turns:
             raise Problem(504, "The model did not answer in time.") from None
 
     def infer(self, payload: Any) -> Any:
+        """Run the model at once."""
         if type(self.model).infer is GenericModel.infer:
             return result_of(self.model, payload)
         return pass_on(payload, self.model.infer)
 
     def run_here(self, payload: Any) -> Any:
+        """Run the model in the caller's thread, when it is free."""
         self.enter()
         try:
             if not self.free.acquire(timeout=self.model._limits[1]):
@@ -956,6 +961,7 @@ class Turns:
         return future
 
     def enter(self) -> None:
+        """Take one of `max_queued_requests` places, which `leave` gives back."""
         with self.lock:
             if self.waiting >= self.model._limits[0]:
                 raise Problem(503, "Too many requests wait.", headers={"Retry-After": "1"})
@@ -1007,6 +1013,14 @@ MestModel = GenericModel
 # Routes
 
 
+def service() -> Any:
+    """Return the Mest of the Flask application, or what stands in for it under a mere blueprint."""
+    if mest_app := current_app.extensions.get("mest"):
+        return mest_app
+    config = MestConfig(current_app.name, environ={})
+    return SimpleNamespace(config=config, logger=current_app.logger, draining=False)
+
+
 def validate_params(schema: dict, example: dict | None = None) -> Callable[[Callable], Callable]:
     """Decorate a handler to receive the request's parameters, checked, as keyword arguments.
 
@@ -1014,7 +1028,6 @@ def validate_params(schema: dict, example: dict | None = None) -> Callable[[Call
     variables of the path are passed along. Stands below `route`. Outside a request the handler can
     be called as if it were not decorated. The arguments are those of Parameters.
     """
-
     if callable(schema):
         raise MestError(f"{schema.__qualname__}(): write @validate_params({{…}}), with a schema")
 
@@ -1091,7 +1104,7 @@ def to_response(result: Any) -> Any:
         content, content_type = encode(body)
         body = flask.Response(content, content_type=content_type)
         if not rest:
-            return body
+            return body  # which make_response would only look at
     return current_app.make_response((body, *rest) if rest else body)
 
 
@@ -1339,14 +1352,6 @@ class Mest:
         self.load_models()
         host = self.config.listen_host or "127.0.0.1"
         run_simple(host, self.config.listen_port, self.app, threaded=True)
-
-
-def service() -> Any:
-    """Return the Mest of the Flask application, or what stands in for it under a mere blueprint."""
-    if mest_app := current_app.extensions.get("mest"):
-        return mest_app
-    config = MestConfig(current_app.name, environ={})
-    return SimpleNamespace(config=config, logger=current_app.logger, draining=False)
 
 
 # Command line
