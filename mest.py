@@ -133,6 +133,18 @@ def request_id() -> str | None:
     return environ["mest.request_id"]
 
 
+def report(error: MestError) -> str:
+    """Return the message about a failure, below the traceback if the user's own code raised it."""
+    cause, lines = error.__cause__, []
+    if cause:
+        trace = cause.__traceback__
+        ours = re.compile(rf"{re.escape(__name__)}$|importlib\b")
+        while trace and ours.match(trace.tb_frame.f_globals["__name__"]):
+            trace = trace.tb_next
+        lines = traceback.format_exception(type(cause), cause, trace)
+    return "".join([*lines, f"mest: {error}"])
+
+
 # Configuration
 
 
@@ -1354,6 +1366,65 @@ class Mest:
         run_simple(host, self.config.listen_port, self.app, threaded=True)
 
 
+# Serving
+
+
+def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
+    """Return gunicorn's application for a Mest, configured.
+
+    The options beat GUNICORN_CMD_ARGS, that beats gunicorn.conf.py, and that the MestConfig.
+    """
+    from gunicorn.app.base import Application
+    from gunicorn.errors import AppImportError
+    from gunicorn.workers.gthread import ThreadWorker
+
+    class Worker(ThreadWorker):
+        def handle_exit(self, number: int, frame: Any) -> None:
+            mest_app.draining = True
+            super().handle_exit(number, frame)
+
+    class Service(Application):
+        def init(self, parser: Any, opts: Any, args: list[str]) -> dict[str, Any]:
+            if args:
+                parser.error(f"{args[0]} is no option; mest --app names the application")
+            return {
+                "bind": bind,
+                "workers": mest_app.config.workers,
+                "threads": mest_app.config.threads,
+                "worker_class": Worker,
+                "keepalive": 75,  # seconds; load balancers keep idle connections for 60
+                "control_socket_disable": True,  # it writes to $HOME, which containers may lack
+                "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
+            }
+
+        def load_config(self) -> None:
+            argv, sys.argv = sys.argv, ["mest run gunicorn --", *options]
+            try:
+                super().load_config()  # reads sys.argv, the environment and gunicorn.conf.py
+            finally:
+                sys.argv = argv
+
+        def load(self) -> flask.Flask:
+            try:
+                mest_app.load_models()
+            except MestError as error:
+                raise AppImportError(report(error)) from None  # ends the master too
+            return mest_app.app
+
+    return Service()
+
+
+def refuse_if_taken(settings: Any) -> None:
+    """Raise a MestError if nobody can listen where gunicorn is to, which would try it for long."""
+    try:
+        for host, port in (place for place in settings.address if isinstance(place, tuple)):
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MestError(f"cannot listen on {settings.bind}: {reason}; choose another") from None
+
+
 # Command line
 
 
@@ -1458,62 +1529,6 @@ def run_gunicorn(args: argparse.Namespace) -> int:
         raise
 
 
-def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
-    """Return gunicorn's application for a Mest, configured.
-
-    The options beat GUNICORN_CMD_ARGS, that beats gunicorn.conf.py, and that the MestConfig.
-    """
-    from gunicorn.app.base import Application
-    from gunicorn.errors import AppImportError
-    from gunicorn.workers.gthread import ThreadWorker
-
-    class Worker(ThreadWorker):
-        def handle_exit(self, number: int, frame: Any) -> None:
-            mest_app.draining = True
-            super().handle_exit(number, frame)
-
-    class Service(Application):
-        def init(self, parser: Any, opts: Any, args: list[str]) -> dict[str, Any]:
-            if args:
-                parser.error(f"{args[0]} is no option; mest --app names the application")
-            return {
-                "bind": bind,
-                "workers": mest_app.config.workers,
-                "threads": mest_app.config.threads,
-                "worker_class": Worker,
-                "keepalive": 75,  # seconds; load balancers keep idle connections for 60
-                "control_socket_disable": True,  # it writes to $HOME, which containers may lack
-                "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
-            }
-
-        def load_config(self) -> None:
-            argv, sys.argv = sys.argv, ["mest run gunicorn --", *options]
-            try:
-                super().load_config()  # reads sys.argv, the environment and gunicorn.conf.py
-            finally:
-                sys.argv = argv
-
-        def load(self) -> flask.Flask:
-            try:
-                mest_app.load_models()
-            except MestError as error:
-                raise AppImportError(report(error)) from None  # ends the master too
-            return mest_app.app
-
-    return Service()
-
-
-def refuse_if_taken(settings: Any) -> None:
-    """Raise a MestError if nobody can listen where gunicorn is to, which would try it for long."""
-    try:
-        for host, port in (place for place in settings.address if isinstance(place, tuple)):
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            socket.create_server((host, port), family=family).close()
-    except (OSError, OverflowError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise MestError(f"cannot listen on {settings.bind}: {reason}; choose another") from None
-
-
 def run_shell(args: argparse.Namespace) -> int:
     """start a Python prompt with the models loaded, IPython's where that is installed"""
     mest_app, module = load_app(args)
@@ -1591,18 +1606,6 @@ def load_app(args: argparse.Namespace) -> tuple[Mest, ModuleType]:
         have = f"its instances of Mest are {', '.join(found)}" if found else "it has no Mest"
         raise MestError(f"{path}: {have}; make one named mest_app, or name one: --app {path}:NAME")
     return found[name], module
-
-
-def report(error: MestError) -> str:
-    """Return the message about a failure, below the traceback if the user's own code raised it."""
-    cause, lines = error.__cause__, []
-    if cause:
-        trace = cause.__traceback__
-        ours = re.compile(rf"{re.escape(__name__)}$|importlib\b")
-        while trace and ours.match(trace.tb_frame.f_globals["__name__"]):
-            trace = trace.tb_next
-        lines = traceback.format_exception(type(cause), cause, trace)
-    return "".join([*lines, f"mest: {error}"])
 
 
 # The documented import paths, mest.app, mest.app.api and mest.models, are this module under further
