@@ -28,32 +28,44 @@ Copy this file into your project, or `pip install` it. MIT License.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import code
 import contextlib
 import copy
+import faulthandler
 import functools
+import gc
 import importlib
 import inspect
 import itertools
 import json
 import logging
 import math
+import mmap
+import operator
 import os
+import platform
+import random
 import re
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError  # its own before Python 3.11
+from contextvars import ContextVar, copy_context
 from datetime import datetime, timezone
+from io import BytesIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote_to_bytes
 
 import cerberus
 import flask
@@ -63,6 +75,7 @@ from flask.blueprints import BlueprintSetupState
 from flask.json.provider import DefaultJSONProvider
 from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import Rule
 from werkzeug.serving import is_running_from_reloader, run_simple
 from werkzeug.wsgi import get_input_stream
 
@@ -105,15 +118,16 @@ class Problem(MestError, HTTPException):
         return [("Content-Type", "application/problem+json"), *self.headers.items()]
 
 
-def as_problem(error: BaseException, logger: logging.Logger) -> HTTPException:
+def as_problem(error: BaseException, service: Any, asked: str) -> HTTPException:
     """Return the answer to any exception: the one place where errors become answers.
 
     What Werkzeug and `flask.abort` raise keeps its status and headers. All else is a defect of the
-    service: logged with its traceback, and the client is told nothing but the request's id.
+    service, which has a `logger` and an `app`: it is logged with its traceback and what was asked,
+    and the client is told nothing but the request's id.
     """
     if not isinstance(error, HTTPException):
-        logger.error("%s %s failed: %r", request.method, request.path, error, exc_info=error)
-        flask.got_request_exception.send(current_app._get_current_object(), exception=error)
+        service.logger.error("%s failed: %r", asked, error, exc_info=error)
+        flask.got_request_exception.send(service.app, exception=error)
         return Problem(500, "The service failed. Its log says why, under this request_id.")
     if isinstance(error, Problem) or error.response is not None or (error.code or 0) < 400:
         return error
@@ -121,16 +135,32 @@ def as_problem(error: BaseException, logger: logging.Logger) -> HTTPException:
     return Problem(error.code, error.description, headers=headers)
 
 
+#: The id of the request that a task of an event loop, or a thread that works for it, is about.
+REQUEST_ID: ContextVar[str | None] = ContextVar("mest.request_id", default=None)
+
+
 def request_id() -> str | None:
-    """Return the id of the Flask request: its X-Request-Id where that is sane, or a new one."""
+    """Return the id of the request that this is about, if any."""
+    if known := REQUEST_ID.get():
+        return known
     if not flask.has_request_context():
         return None
     environ = request.environ
     if "mest.request_id" not in environ:
-        sent = environ.get("HTTP_X_REQUEST_ID", "")
-        sane = re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", sent)
-        environ["mest.request_id"] = sent if sane else os.urandom(16).hex()
+        environ["mest.request_id"] = sane_id(environ.get("HTTP_X_REQUEST_ID", ""))
     return environ["mest.request_id"]
+
+
+def sane_id(sent: str) -> str:
+    """Return what a client has sent as X-Request-Id if that is sane, or a new id."""
+    sane = sent and re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", sent)
+    return sent if sane else f"{IDS.getrandbits(128):032x}"
+
+
+#: Not os.urandom, which lets other threads run, and so costs as much as the rest of a request.
+IDS = random.Random()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=IDS.seed)
 
 
 def report(error: MestError) -> str:
@@ -146,6 +176,21 @@ def report(error: MestError) -> str:
 
 
 # Configuration
+
+
+def available_cpus(cgroups: str = "/sys/fs/cgroup") -> int:
+    """Return how many CPUs this process may use: its container's quota, or its own CPU set."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quotas = [("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")]  # of v2 and v1
+    for names in quotas:
+        with contextlib.suppress(OSError, ValueError):  # it is not there, or "max"
+            texts = [Path(cgroups, name).read_text().split() for name in names]
+            quota, period = map(int, itertools.chain(*texts))
+            cpus = min(cpus, max(1, quota // period)) if quota > 0 else cpus
+    return cpus
+
+
+SECONDS = range(1, 86401)
 
 
 class MestConfig:
@@ -168,11 +213,19 @@ class MestConfig:
         "listen_port": (8000, range(65536), "TCP port; 0 picks a free one"),
         "local_model_directory_path": ("_models", str, "directory given to each model's init"),
         "listen_host": ("", str, "address; by default 127.0.0.1, and 0.0.0.0 under gunicorn"),
-        "workers": (1, range(1, 1025), "processes under gunicorn, each with its own models"),
-        "threads": (40, range(1, 1025), "requests that each process answers at once"),
+        "workers": (1, (range(1, 1025), "auto"), "processes of gunicorn; auto is one for each CPU"),
+        "threads": (16, range(1, 1025), "handlers that run at once, in each process"),
+        "max_connections": (1000, range(1, 10**6), "open connections, in each process"),
         "max_body_bytes": (2**24, range(1, 2**40), "bytes, the largest body of a request"),
         "max_queued_requests": (512, range(1, 10**6), "requests at a model, in each process"),
-        "request_timeout": (60, range(1, 86401), "seconds that a request waits for the model"),
+        "request_timeout": (60, SECONDS, "seconds that a request waits for the model"),
+        "header_timeout": (10, SECONDS, "seconds that the headers of a request may take"),
+        "request_body_timeout": (30, SECONDS, "seconds that the body of a request may take"),
+        "startup_timeout": (600, SECONDS, "seconds that the models may take to load"),
+        "liveness_timeout": (600, range(86401), "seconds a model may take at once; 0: for ever"),
+        "drain_seconds": (5, range(3601), "seconds of service, after SIGTERM, as not ready"),
+        "graceful_timeout": (30, range(1, 3601), "seconds, after that, for requests to finish"),
+        "access_log": (False, bool, "whether each request is logged"),
         "log_level": ("INFO", ("DEBUG", "INFO", "WARNING", "ERROR"), "least severity logged"),
         "log_format": ("auto", ("auto", "json", "text"), "auto is text on a terminal, else json"),
     }
@@ -205,23 +258,31 @@ class MestConfig:
             source = variable if environ.get(variable) else name
             value = environ.get(variable) or fields.get(name, default)
             setattr(self, name, self.convert(name, value, source))
+        if self.workers == "auto":
+            self.workers = available_cpus()
 
     @classmethod
     def convert(cls, name: str, value: Any, source: str) -> Any:
         """Return what a value, or the text for it, means for the field, or raise a MestError."""
         _, allowed, meaning = cls.FIELDS[name]
-        if isinstance(allowed, range):
-            if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
-                value = int(value)
-            fits = type(value) is int and value in allowed
-            words = f"an integer from {allowed[0]} to {allowed[-1]}"
-        elif allowed is str:
-            fits, words = isinstance(value, (str, Path)), "text"
-        else:
-            fits, words = value in allowed, " or ".join(allowed)
-        if not fits:
-            raise MestError(f"{source} is {value!r}; it must be {words} ({meaning})")
-        return value
+        words = []
+        for option in allowed if isinstance(allowed, tuple) else (allowed,):
+            if isinstance(option, range):
+                if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
+                    value = int(value)
+                if type(value) is int and value in option:
+                    return value
+                words.append(f"an integer from {option[0]} to {option[-1]}")
+            elif option is bool:
+                switch = {"1": True, "true": True, "0": False, "false": False}
+                if (text := str(value).lower()) in switch:
+                    return switch[text]
+                words.append("true or false")
+            elif value == option or option is str and isinstance(value, (str, Path)):
+                return value
+            else:
+                words.append("text" if option is str else option)
+        raise MestError(f"{source} is {value!r}; it must be {' or '.join(words)} ({meaning})")
 
 
 # Logging
@@ -254,10 +315,11 @@ class LogHandler(logging.StreamHandler):
             line["message"] = record.getMessage()
         except Exception as error:  # its arguments do not fit, or have no text
             line["message"] = f"unreadable record of {record.pathname}:{record.lineno}: {error!r}"
+        line |= getattr(record, "fields", {})
         trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
         if self.log_format == "json" or self.log_format == "auto" and not sys.stdout.isatty():
             return json.dumps({**line, "traceback": trace} if trace else line)
-        lines = [" ".join(line.values()), *trace.splitlines()]
+        lines = [" ".join(map(str, line.values())), *trace.splitlines()]
         text = "\n    ".join(text.translate(CONTROLS) for text in lines)
         encoding = sys.stdout.encoding or "utf-8"
         return text.encode(encoding, "backslashreplace").decode(encoding)
@@ -310,7 +372,7 @@ def decode_object(body: bytes) -> dict[str, Any]:
     try:
         text = body.decode()
         value = DECODER.decode(text)
-        if "\\u" in text:
+        if "\\" in text and "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # fails on a lone surrogate
     except RecursionError:
         raise Problem(400, f"The body is nested deeper than {MAX_DEPTH} levels.") from None
@@ -401,14 +463,20 @@ LOGIC = {"allof", "anyof", "noneof", "oneof"}
 TYPES_OF_JSON = {int: {"integer", "number", "float"}, float: {"number", "float"}, bool: {"boolean"}}
 
 
+@functools.lru_cache(64)
+def media_type_of(content_type: str) -> tuple[str, bool]:
+    """Return the media type that a Content-Type names, and whether that is JSON."""
+    media_type = content_type.partition(";")[0].strip().lower()
+    return media_type, bool(re.fullmatch(r"application/(.+\+)?json", media_type))
+
+
 def decode_body(method: str, content_type: str, coding: str, body: bytes) -> dict | None:
     """Return the parameters in a body, or None where they are a form, which is left to Werkzeug.
 
     Raises:
         Problem: 400, 413, 415 or 422, saying what to send instead.
     """
-    media_type = content_type.partition(";")[0].strip().lower()
-    is_json = re.fullmatch(r"application/(.+\+)?json", media_type)
+    media_type, is_json = media_type_of(content_type)
     if not body and not (is_json and method in ("POST", "PUT", "PATCH")):
         return {}
     if coding not in ("", "identity"):
@@ -760,6 +828,14 @@ class Parameters:
                 document[name] = convert_text(values[0], rules) if len(values) == 1 else values
         return document
 
+    def document(self, fields: dict[str, list], values: dict, variables: dict) -> dict[str, Any]:
+        """Return what is to be checked: query or form, over that JSON, over that the path.
+
+        Of the variables of the path those that the schema names, which are taken out of them.
+        """
+        known = {name: [variables.pop(name)] for name in variables.keys() & self.schema.keys()}
+        return self.from_text(fields) | values | self.from_text(known)
+
     def check(self, document: dict[str, Any]) -> dict[str, Any]:
         """Return the document as Cerberus normalizes it: with defaults, coerced, renamed.
 
@@ -803,6 +879,146 @@ def _at_most(errors: Any, left: list[int]) -> Any:
     return errors
 
 
+# Metrics
+
+
+class Metrics:
+    """Counters, gauges and histograms of all processes of a service, in memory that they share.
+
+    Each process writes into a slot of its own, in which a worker goes on where its predecessor
+    ended. A slot is an array of doubles: how many are in use, and then records of so many values,
+    the bytes of their key, the key in JSON, and the values. A key is a family and its labels.
+    """
+
+    #: doubles in a slot; memory that nobody has written to costs nothing
+    SLOT = 2**14
+    #: upper bounds, in seconds and in requests
+    SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+    SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    #: name: (type, bounds of a histogram's buckets, labels, help)
+    FAMILIES = {
+        "mest_requests_total": ("counter", (), ("route", "method", "status"), "Requests answered."),
+        "mest_request_duration_seconds": (
+            "histogram", SECONDS, ("route",), "Time from a request's arrival to its answer."
+        ),
+        "mest_requests_in_progress": ("gauge", (), (), "Requests that have no answer yet."),
+        "mest_queue_length": ("gauge", (), ("model",), "Requests at a model, running or waiting."),
+        "mest_batch_size": ("histogram", SIZES, ("model",), "Requests that a model took at once."),
+        "mest_model_load_seconds": ("gauge", (), ("model",), "What init took, in the slowest worker."),
+        "mest_workers_ready": ("gauge", (), (), "Processes that have loaded their models."),
+        "mest_workers_started_total": ("counter", (), (), "Processes started, replacements too."),
+    }
+
+    def __init__(self, slots: int = 1):
+        self.slots, self.lock = slots, threading.Lock()
+        self.memory = mmap.mmap(-1, slots * self.SLOT * 8)  # a fork shares it
+        self.values = memoryview(self.memory).cast("d")
+        self.begin(0)
+
+    def begin(self, slot: int) -> None:
+        """Write into this slot from now on, as does a child forked from this process."""
+        self.slot, self.start = slot, slot * self.SLOT
+        self.places = {key: place for key, place, _ in self.records(slot)}
+
+    def records(self, slot: int) -> Iterator[tuple[tuple, int, int]]:
+        """Yield the keys in a slot, with the place and the number of their values."""
+        place = slot * self.SLOT + 1
+        end = place + int(self.values[place - 1])
+        while place < end:
+            count, length = int(self.values[place]), int(self.values[place + 1])
+            first = (place + 2) * 8
+            key = tuple(json.loads(self.memory[first : first + length]))
+            place += 2 + -(-length // 8)
+            yield key, place, count
+            place += count
+
+    def place(self, key: tuple) -> int:
+        """Return where the values of a new key go, or room that is not read if the slot is full."""
+        bounds, text = self.FAMILIES[key[0]][1], json.dumps(key).encode()
+        count, length = len(bounds) + 2 if bounds else 1, -(-len(text) // 8)
+        with self.lock:
+            free = self.start + 1 + int(self.values[self.start])
+            place, spare = free + 2 + length, self.start + self.SLOT - len(self.SECONDS) - 2
+            if key not in self.places and place + count <= spare:
+                self.values[free], self.values[free + 1] = count, len(text)
+                self.memory[(free + 2) * 8 : (free + 2) * 8 + len(text)] = text
+                self.values[self.start] += place + count - free  # now it is there for readers
+                self.places[key] = place
+            return self.places.setdefault(key, spare)
+
+    def add(self, amount: float, *key: Any) -> None:
+        """Add to a counter or gauge."""
+        place = self.places.get(key) or self.place(key)
+        with self.lock:
+            self.values[place] += amount
+
+    def set(self, value: float, *key: Any) -> None:
+        """Set a gauge, which one thread at a time may do."""
+        self.values[self.places.get(key) or self.place(key)] = value
+
+    def observe(self, value: float, *key: Any) -> None:
+        """Put a value into a histogram."""
+        place, bounds = self.places.get(key) or self.place(key), self.FAMILIES[key[0]][1]
+        with self.lock:
+            self.values[place + bisect_left(bounds, value)] += 1
+            self.values[place + len(bounds) + 1] += value
+
+    def retire(self, slot: int) -> None:
+        """Set the gauges of a process that has ended to zero."""
+        for (family, *_), place, _ in self.records(slot):
+            if self.FAMILIES[family][0] == "gauge":
+                self.values[place] = 0
+
+    def is_ready(self, slot: int) -> bool:
+        """Return whether the process that writes into a slot has loaded its models."""
+        return any(
+            key == ("mest_workers_ready",) and self.values[place]
+            for key, place, _ in self.records(slot)
+        )
+
+    def totals(self) -> dict[tuple, list[float]]:
+        """Return the values of each key: their sums over the slots, or the longest load."""
+        totals: dict[tuple, list[float]] = {}
+        for slot in range(self.slots):
+            for key, place, count in self.records(slot):
+                values, before = self.values[place : place + count], totals.get(key, [0.0] * count)
+                merge = max if key[0] == "mest_model_load_seconds" else operator.add
+                totals[key] = list(map(merge, before, values))
+        return totals
+
+    def text(self) -> str:
+        """Return all, in the text format 0.0.4 of Prometheus.
+
+        https://prometheus.io/docs/instrumenting/exposition_formats/
+        """
+        lines, totals = [], sorted(self.totals().items(), key=lambda item: list(map(str, item[0])))
+        for name, (kind, bounds, labels, meaning) in self.FAMILIES.items():
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            for key, values in totals:
+                if key[0] != name:
+                    continue
+                own = [*zip(labels, key[1:])]
+                if kind != "histogram":
+                    lines.append(sample(name, own, values[0]))
+                    continue
+                *counts, total = values
+                for bound, count in zip([*bounds, "+Inf"], itertools.accumulate(counts)):
+                    lines.append(sample(f"{name}_bucket", [*own, ("le", bound)], count))
+                lines.append(sample(f"{name}_sum", own, total))
+                lines.append(sample(f"{name}_count", own, sum(counts)))
+        build = [("version", __version__), ("python", platform.python_version())]
+        lines += ["# TYPE mest_build_info gauge", sample("mest_build_info", build, 1)]
+        return "\n".join(lines) + "\n"
+
+
+def sample(name: str, labels: list[tuple[str, Any]], value: float) -> str:
+    """Return a line of Prometheus's text format."""
+    escapes = {"\\": r"\\", '"': r"\"", "\n": r"\n"}
+    escaped = (f'{label}="{str(text).translate(str.maketrans(escapes))}"' for label, text in labels)
+    inner = ",".join(escaped)
+    return f"{name}{{{inner}}} {value:.15g}" if inner else f"{name} {value:.15g}"
+
+
 # Models
 
 
@@ -823,6 +1039,7 @@ class GenericModel:
     #: How many threads may be in `infer` or `infer_batch` at once.
     max_concurrency = 1
     _initialised = False
+    _metrics: Metrics | None = None
     _limits = MestConfig.FIELDS["max_queued_requests"][0], MestConfig.FIELDS["request_timeout"][0]
 
     @property
@@ -865,7 +1082,8 @@ class GenericModel:
 
     def __getstate__(self) -> dict[str, Any]:
         state = vars(self).items()  # a copy has turns of its own
-        return {name: value for name, value in state if not name.startswith("_turns_")}
+        own = "_turns_", "_metrics"
+        return {name: value for name, value in state if not name.startswith(own)}
 
     @property
     def _turns(self) -> Turns:
@@ -897,16 +1115,23 @@ def results_of(model: GenericModel, payloads: list) -> list:
     return [results_of(model, [payload])[0] for payload in payloads]
 
 
+def raised(outcome: Any) -> Any:
+    """Return an outcome if it is a result, and raise it if it is an exception."""
+    if isinstance(outcome, BaseException):
+        raise outcome if isinstance(outcome, Exception) else RuntimeError(repr(outcome))
+    return outcome
+
+
 def result_of(model: GenericModel, payload: Any) -> Any:
     """Return or raise the result of a batch of one."""
-    (result,) = results_of(model, [payload])
-    if isinstance(result, BaseException):
-        raise result
-    return result
+    return raised(results_of(model, [payload])[0])
+
+
+TOO_LATE = "The model did not answer in time."
 
 
 class Turns:
-    """Who uses a model when: callers in turn, or in batches that threads of its own carry out.
+    """Who uses a model when: callers queue, and threads of its own carry out what they ask for.
 
     A thread takes what is queued and waits, `batch_timeout` at most, for as many as there were when
     the last batch was done, in it and behind it. So a lone caller never waits and a crowd fills the
@@ -914,109 +1139,112 @@ class Turns:
     """
 
     def __init__(self, model: GenericModel):
-        self.waiting = 0
         batches = type(model).infer_batch is not GenericModel.infer_batch
         self.batching = batches and model.max_batch_size > 1
-        self.model, self.queue = model, SimpleQueue()
-        self.free = threading.Semaphore(model.max_concurrency)
-        self.inside: set[int] = set()  # ids of the threads that run the model
-        self.threads: set[threading.Thread] = set()
+        self.model, self.queue, self.name = model, SimpleQueue(), type(model).__name__
+        #: How many requests are in the queue or in the model.
+        self.waiting = 0
+        #: The threads, and since when each has been in the model, by time.monotonic(), or 0.
+        self.busy_since: dict[threading.Thread, float] = {}
         self.lock = threading.RLock()
 
     def run(self, payload: Any) -> Any:
         """Return the model's result for a payload, once its turn has come."""
-        if threading.get_ident() in self.inside:  # the model calls itself
-            return self.infer(payload)
-        if not self.batching:
-            return self.run_here(payload)
-        future = self.submit(payload)
+        if threading.current_thread() in self.busy_since:  # the model calls itself
+            return raised(self.outcomes([payload])[0])
+        future: Future = Future()
+        self.submit(payload, future, lambda outcome, more: future.set_result(outcome))
         try:
-            return future.result(self.model._limits[1])
+            return raised(future.result(self.model._limits[1]))
         except FutureTimeoutError:
             if future.done():
                 raise  # the model itself has raised it
             future.cancel()
-            raise Problem(504, "The model did not answer in time.") from None
+            raise Problem(504, TOO_LATE) from None
 
-    def infer(self, payload: Any) -> Any:
-        """Run the model at once."""
-        if type(self.model).infer is GenericModel.infer:
-            return result_of(self.model, payload)
-        return pass_on(payload, self.model.infer)
+    def submit(self, payload: Any, future: Any, give: Callable[[Any, bool], Any]) -> None:
+        """Have a payload's result, or the exception instead of it, given in another thread.
 
-    def run_here(self, payload: Any) -> Any:
-        """Run the model in the caller's thread, when it is free."""
-        self.enter()
-        try:
-            if not self.free.acquire(timeout=self.model._limits[1]):
-                raise Problem(504, "The model was not free in time.")
-            self.inside.add(me := threading.get_ident())
-            try:
-                return self.infer(payload)
-            finally:
-                self.inside.discard(me)
-                self.free.release()
-        finally:
-            self.leave()
-
-    def submit(self, payload: Any) -> Future:
-        """Return the future result for a payload. If it is cancelled in time, none is computed."""
-        future: Future = Future()
-        with self.lock:
-            while len(self.threads) < self.model.max_concurrency:
-                thread = threading.Thread(target=self.serve, daemon=True)
-                thread.start()  # which may fail
-                self.threads.add(thread)
-            self.enter()
-            future.add_done_callback(self.leave)
-            self.queue.put((payload, future))
-        return future
-
-    def enter(self) -> None:
-        """Take one of `max_queued_requests` places, which `leave` gives back."""
+        Unless the future, to which it is given in the end, is cancelled before its turn. The second
+        thing given is whether more will be, within a millisecond or so.
+        """
         with self.lock:
             if self.waiting >= self.model._limits[0]:
                 raise Problem(503, "Too many requests wait.", headers={"Retry-After": "1"})
-            self.waiting += 1
+            if self.waiting >= len(self.busy_since) < self.model.max_concurrency:
+                thread = threading.Thread(target=self.serve, daemon=True)
+                self.busy_since[thread] = 0.0
+                try:
+                    thread.start()
+                except RuntimeError:
+                    del self.busy_since[thread]
+                    raise
+            self.count(1)
+            self.queue.put((payload, future, give, request_id()))
 
-    def leave(self, future: Future | None = None) -> None:
+    def count(self, change: int) -> None:
+        """Note that there are more or fewer requests."""
         with self.lock:
-            self.waiting -= 1
+            self.waiting += change
+            if self.model._metrics:
+                self.model._metrics.set(self.waiting, "mest_queue_length", self.name)
 
     def serve(self) -> None:
         """Carry out batches, in a thread, until the model ends it: by sys.exit, for one."""
-        self.inside.add(me := threading.get_ident())
-        batch: list[tuple[Any, Future]] = []
+        me = threading.current_thread()
+        batch: list[tuple] = []
         crowd = 1
         try:
             while True:
                 batch = []
                 self.fill(batch, crowd)
-                live = [item for item in batch if item[1].set_running_or_notify_cancel()]
-                results = results_of(self.model, [payload for payload, _ in live]) if live else []
-                crowd = len(batch) + self.queue.qsize()
-                for (_, future), result in zip(live, results):
-                    failed = isinstance(result, BaseException)
-                    (future.set_exception if failed else future.set_result)(result)
+                live = [entry for entry in batch if not entry[1].cancelled()]
+                self.busy_since[me] = began = time.monotonic()
+                outcomes = self.carry_out(live) if live else []
+                self.busy_since[me] = 0.0
+                behind = self.queue.qsize()
+                crowd = len(batch) + behind
+                self.count(-len(batch))
+                soon = behind > 0 and time.monotonic() - began < 0.001
+                for left, (_, _, give, _), outcome in zip(range(len(live))[::-1], live, outcomes):
+                    with contextlib.suppress(InvalidStateError):  # nobody waits any longer
+                        give(outcome, left > 0 or soon)
         except BaseException as error:
             with self.lock:
-                self.inside.discard(me)
-                self.threads.discard(threading.current_thread())
-                while not self.threads and not self.queue.empty():
+                self.busy_since.pop(me)
+                while not self.busy_since and not self.queue.empty():
                     batch.append(self.queue.get())
-            ended = MestError(f"the thread of {type(self.model).__name__} has ended: {error!r}")
-            for _, future in batch:
-                with contextlib.suppress(InvalidStateError):  # it is done, or given up
-                    future.set_exception(ended)
+            self.count(-len(batch))
+            ended = MestError(f"the thread of {self.name} has ended: {error!r}")
+            for _, _, give, _ in batch:
+                with contextlib.suppress(InvalidStateError):
+                    give(ended, False)
 
-    def fill(self, batch: list[tuple[Any, Future]], crowd: int) -> None:
+    def fill(self, batch: list[tuple], crowd: int) -> None:
         """Put into a batch what is queued, after a wait for so many."""
         batch.append(self.queue.get())
+        most = self.model.max_batch_size if self.batching else 1
         deadline = time.monotonic() + self.model.batch_timeout
         with contextlib.suppress(Empty):
-            while len(batch) < self.model.max_batch_size:
+            while len(batch) < most:
                 left = max(0.0, deadline - time.monotonic())
                 batch.append(self.queue.get(len(batch) < crowd, left))
+
+    def carry_out(self, batch: list[tuple]) -> list:
+        """Return the outcomes of a batch; what is logged meanwhile has the id of a lone request."""
+        REQUEST_ID.set(batch[0][3] if len(batch) == 1 else None)
+        if self.batching and self.model._metrics:
+            self.model._metrics.observe(len(batch), "mest_batch_size", self.name)
+        return self.outcomes([payload for payload, _, _, _ in batch])
+
+    def outcomes(self, payloads: list) -> list:
+        """Return the result or the exception of each payload, from the model."""
+        if self.batching or type(self.model).infer is GenericModel.infer:
+            return results_of(self.model, payloads)
+        try:
+            return [pass_on(payload, self.model.infer) for payload in payloads]
+        except Exception as error:
+            return [error]
 
 
 MestModel = GenericModel
@@ -1029,8 +1257,9 @@ def service() -> Any:
     """Return the Mest of the Flask application, or what stands in for it under a mere blueprint."""
     if mest_app := current_app.extensions.get("mest"):
         return mest_app
-    config = MestConfig(current_app.name, environ={})
-    return SimpleNamespace(config=config, logger=current_app.logger, draining=False)
+    app = current_app._get_current_object()
+    here = {"config": MestConfig(app.name, environ={}), "app": app, "logger": app.logger}
+    return SimpleNamespace(**here, draining=False, metrics=Metrics(), answered=lambda *args: None)
 
 
 def validate_params(schema: dict, example: dict | None = None) -> Callable[[Callable], Callable]:
@@ -1061,26 +1290,26 @@ def validate_params(schema: dict, example: dict | None = None) -> Callable[[Call
 def read_parameters(parameters: Parameters, variables: dict[str, Any]) -> dict[str, Any]:
     """Return the checked parameters of the Flask request, and the variables of its path.
 
-    Variables go through the check where the schema names them.
-
     Raises:
         Problem: what is wrong with the request.
     """
     http, environ = request._get_current_object(), request.environ
     body = read_body(http, service().config.max_body_bytes)
     kind, coding = environ.get("CONTENT_TYPE", ""), environ.get("HTTP_CONTENT_ENCODING", "")
-    values, fields = decode_body(http.method, kind, coding.lower(), body), {}
-    if http.query_string:
-        query = http.query_string.decode("utf-8", "replace")
-        fields = MultiDict(parse_qsl(query, keep_blank_values=True)).to_dict(flat=False)
+    values, fields = decode_body(http.method, kind, coding.lower(), body), query_of(http.query_string)
     if values is None or "form" in vars(http):  # a form, which a hook may have parsed already
         if body and values is None and not (http.form or http.files):
             raise Problem(400, "The body is not a valid form.")
         fields |= http.form.to_dict(flat=False)
         fields |= {name: [file.read() for file in files] for name, files in http.files.lists()}
-    known = {name: [variables.pop(name)] for name in variables.keys() & parameters.schema.keys()}
-    document = parameters.from_text(fields) | (values or {}) | parameters.from_text(known)
+    document = parameters.document(fields, values or {}, variables)
     return variables | parameters.check(document)
+
+
+def query_of(query: bytes) -> dict[str, list[str]]:
+    """Return the fields of a query string."""
+    text = query.decode("utf-8", "replace")
+    return MultiDict(parse_qsl(text, keep_blank_values=True)).to_dict(flat=False) if query else {}
 
 
 def read_body(http: flask.Request, limit: int) -> bytes:
@@ -1120,11 +1349,28 @@ def to_response(result: Any) -> Any:
     return current_app.make_response((body, *rest) if rest else body)
 
 
-def add_request_id(response: flask.Response) -> flask.Response:
-    """Put the id of the request on its response, where a host has not done so."""
+def begin_request() -> None:
+    """Note, once, that the Flask request has begun."""
+    if "mest.began" not in request.environ:
+        request.environ["mest.began"] = time.perf_counter()
+        request.environ["mest.in_progress"] = service().metrics
+        service().metrics.add(1, "mest_requests_in_progress")
+
+
+def finish_request(response: flask.Response) -> flask.Response:
+    """Put the id of the request on its response, where a host has not done so, and count it."""
     if "X-Request-Id" not in response.headers:
         response.headers["X-Request-Id"] = request_id()
+    if began := request.environ.pop("mest.began", None):
+        route = request.url_rule.rule if request.url_rule else None
+        service().answered(route, request.method, request.path, response.status_code, began)
     return response
+
+
+def end_request(error: BaseException | None = None) -> None:
+    """Note that the Flask request has come to its end."""
+    if metrics := request.environ.pop("mest.in_progress", None):
+        metrics.add(-1, "mest_requests_in_progress")
 
 
 def as_sync(handler: Callable) -> Callable:
@@ -1140,14 +1386,51 @@ def as_view(handler: Callable) -> Callable:
 
     @functools.wraps(handler)
     def view(**variables: Any) -> Any:
+        begin_request()
         try:
-            return add_request_id(to_response(call(**variables)))
+            return finish_request(to_response(call(**variables)))
         except (Exception, SystemExit) as error:  # sys.exit would take the whole process along
             if current_app.debug and not isinstance(error, HTTPException):
                 raise  # to the debugger
-            return add_request_id(as_problem(error, service().logger).get_response(request.environ))
+            problem = as_problem(error, service(), f"{request.method} {request.path}")
+            return finish_request(problem.get_response(request.environ))
+        finally:
+            end_request()
 
     return view
+
+
+class Prediction:
+    """The handler of a predict route, which needs nothing of Flask but the request's values."""
+
+    def __init__(self, model: Any, parameters: Parameters):
+        self.model, self.parameters = model, parameters
+
+    def __call__(self, **variables: Any) -> flask.Response:
+        """Answer the Flask request."""
+        params = read_parameters(self.parameters, variables)
+        content, content_type = self.answer(params)
+        return flask.Response(content, content_type=content_type)
+
+    def answer(self, params: dict[str, Any]) -> tuple[bytes, str]:
+        """Return the answer to checked parameters, and its content type."""
+        self.require_model()
+        return encode(self.model.predict(**params))
+
+    def require_model(self) -> None:
+        if not getattr(self.model, "is_loaded", True):
+            raise MestError(f"{self.model!r} is not loaded; call mest_app.setup() before serving")
+
+
+class Probe:
+    """The handler of a route that tells of the service itself: it needs nothing of the request."""
+
+    def __init__(self, answer: Callable[[], tuple[bytes, str]]):
+        self.answer = answer
+
+    def __call__(self) -> flask.Response:
+        content, content_type = self.answer()
+        return flask.Response(content, content_type=content_type)
 
 
 class Router:
@@ -1208,16 +1491,7 @@ class Router:
         owner = f"the predict route {url!r} of router {self.name!r}"
         if isinstance(model, type) or not callable(getattr(model, "predict", None)):
             raise MestError(f"{owner} has the model {model!r}; it must be an object with predict()")
-        parameters = Parameters(schema, example, owner)
-
-        def predict(**variables: Any) -> flask.Response:
-            params = read_parameters(parameters, variables)
-            if not getattr(model, "is_loaded", True):
-                raise MestError(f"{model!r} is not loaded; call mest_app.setup() before serving")
-            content, content_type = encode(model.predict(**params))
-            return flask.Response(content, content_type=content_type)
-
-        self._add_own(url, method, predict)
+        self._add_own(url, method, Prediction(model, Parameters(schema, example, owner)))
 
     def add_ping_route(self, url: str = "/ping", method: str = "GET") -> None:
         """Answer requests to an url with the name of the service, or 503 while it shuts down."""
@@ -1265,7 +1539,438 @@ def _shape(url: str) -> str:
     return re.sub(r"<(?:string:)?(?:([^<>]*):)?\w+>", r"<\1>", url)
 
 
+def handler_of(app: flask.Flask, rule: Rule) -> Any:
+    """Return the handler that a Mest router has put behind a rule, and nothing else around it."""
+    return getattr(app.view_functions.get(rule.endpoint), "__wrapped__", None)
+
+
+# The ASGI edge
+
+#: bytes of JSON, or values in a result, that would hold up an event loop
+LARGE = 2**16
+#: methods that Flask answers for all routes
+FLASKS = {"HEAD", "OPTIONS"}
+
+
+def why_through_flask(app: flask.Flask, rule: Rule) -> str:
+    """Return why requests to a rule must go through Flask, or "" where they need not."""
+    if not isinstance(handler_of(app, rule), (Prediction, Probe)):
+        return "it has a handler of its own"
+    if app.url_map.host_matching or rule.subdomain or rule.redirect_to:
+        return "its host matters, or it redirects"
+    if getattr(app.wsgi_app, "__func__", None) is not flask.Flask.wsgi_app:
+        return "the application's wsgi_app is wrapped"
+    names = rule.endpoint.split(".")[:-1]
+    scopes = [None, *(".".join(names[: count + 1]) for count in range(len(names)))]
+    for kind in ("before_request", "after_request", "teardown_request", "teardown_appcontext"):
+        hooks = getattr(app, f"{kind}_funcs")
+        found = hooks if isinstance(hooks, list) else sum((hooks.get(s, []) for s in scopes), [])
+        if others := [hook for hook in found if getattr(hook, "__module__", None) != __name__]:
+            return f"the {kind} hook {getattr(others[0], '__qualname__', others[0])} applies to it"
+    if any(app.url_value_preprocessors.get(scope) for scope in scopes):
+        return "a url_value_preprocessor applies to it"
+    return "request_started has receivers" if flask.request_started.has_receivers_for(app) else ""
+
+
+def ways(app: flask.Flask) -> list[str]:
+    """Return which way the requests to each route go, and why."""
+    lines = []
+    for rule in app.url_map.iter_rules():
+        why = why_through_flask(app, rule)
+        methods = "|".join(sorted(rule.methods - {"HEAD", "OPTIONS"})) or "OPTIONS"
+        lines.append(f"{methods} {rule.rule} " + (f"through Flask: {why}" if why else "directly"))
+    return lines
+
+
+def weight(value: Any) -> int:
+    """Return about how many values are in a result; for what is no plain data it is LARGE."""
+    if type(value) is dict:
+        return sum(map(weight, value.values()))
+    if type(value) in (list, tuple):
+        return len(value) * weight(value[0]) if value else 1
+    if type(value) in (str, bytes):
+        return len(value) // 8
+    return 1 if value is None or type(value) in (int, float, bool) else LARGE
+
+
+class Calls(GenericModel):
+    """Threads for what an event loop must not wait for: a model whose payloads are functions."""
+
+    def infer(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+
+class Patience:
+    """How long a request is waited for and worked on: so many seconds, and while its client is there.
+
+    Then what the task does in it is cancelled. Most requests need only a timer that never fires.
+    """
+
+    def __init__(self, receive: Callable):
+        self.receive, self.watch, self.is_late, self.expired = receive, None, False, False
+
+    def __enter__(self) -> Patience:
+        self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
+        self.timer = self.loop.call_later(0.1, self.look_up)
+        return self
+
+    def allow(self, seconds: float, *problem: Any, body_is_read: bool = True) -> None:
+        """Answer with a problem, a status and a detail, unless the task is done in so many seconds.
+
+        Once the body has been read, all that is still received is that the client has left.
+        """
+        self.deadline, self.problem = time.monotonic() + seconds, problem
+        self.body_is_read = body_is_read
+        if self.is_late:
+            self.look_up()
+
+    def look_up(self) -> None:
+        self.is_late = True
+        self.timer.cancel()
+        left = self.deadline - time.monotonic()
+        if left < math.inf:
+            self.timer = self.loop.call_later(left, self.expire)
+        if self.body_is_read and not self.watch:
+            self.watch = self.loop.create_task(self.receive())
+            self.watch.add_done_callback(self.left)
+
+    def left(self, watch: asyncio.Task) -> None:
+        if not watch.cancelled() and not watch.exception():
+            self.task.cancel()
+
+    def expire(self) -> None:
+        self.expired = True
+        self.task.cancel()
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        self.timer.cancel()
+        if self.watch:
+            self.watch.cancel()
+        if self.expired and kind is asyncio.CancelledError:
+            getattr(self.task, "uncancel", int)()  # Python 3.11 counts
+            raise Problem(*self.problem) from None
+
+
+class Direct:
+    """A route that the edge answers itself: what there is to know of it."""
+
+    def __init__(self, rule: Rule, handler: Any):
+        self.rule, self.route, self.handler = rule, rule.rule, handler
+        self.is_probe = isinstance(handler, Probe)
+        self.is_staged = not self.is_probe and isinstance(handler.model, GenericModel)
+        self.is_staged = self.is_staged and not self.has_own("predict")
+
+    def has_own(self, stage: str) -> bool:
+        """Return whether the model, or its class, has a stage that is not GenericModel's."""
+        method = getattr(self.handler.model, stage)
+        return getattr(method, "__func__", None) is not vars(GenericModel)[stage]
+
+
+class Edge:
+    """The ASGI application of a Mest in one event loop, which waits for clients instead of threads.
+
+    https://asgi.readthedocs.io/en/stable/specs/www.html, for servers that speak version 2 or 3.
+    """
+
+    def __init__(self, mest_app: Any, loop: asyncio.AbstractEventLoop):
+        self.service, self.config, self.loop = mest_app, mest_app.config, loop
+        self.threads = Calls()
+        self.threads.max_concurrency = self.config.threads
+        self.threads._limits = self.config.max_queued_requests + self.config.threads, None
+        #: outcomes on their way from other threads to the futures that wait for them here
+        self.given: deque[tuple[asyncio.Future, Any]] = deque()
+        self.woken, self.polls, self.awaited, self.in_progress = False, None, 0, 0
+        app = mest_app.app
+        rules = [rule for rule in app.url_map.iter_rules() if not why_through_flask(app, rule)]
+        self.direct = [Direct(rule, handler_of(app, rule)) for rule in rules]
+        self.fixed = {
+            (method, direct.route): direct
+            for direct in self.direct if not direct.rule.arguments
+            for method in direct.rule.methods - FLASKS
+        }
+        self.adapter = app.url_map.bind("localhost")
+        sizes = self.config.max_body_bytes, app.config["MAX_CONTENT_LENGTH"] or sys.maxsize
+        self.max_body_bytes = min(sizes)
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] == "http":
+            await self.http(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self.lifespan(receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def lifespan(self, receive: Callable, send: Callable) -> None:
+        """Load the models, where that has not been done, before the server starts to serve."""
+        await receive()
+        try:
+            self.service.warm_up()
+        except MestError as error:
+            return await send({"type": "lifespan.startup.failed", "message": report(error)})
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def http(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """Answer a request."""
+        began, method, path = time.perf_counter(), scope["method"], scope["path"]
+        headers = dict(scope["headers"])
+        REQUEST_ID.set(sane_id(headers.get(b"x-request-id", b"").decode("latin-1")))
+        direct, variables = self.find(method, path.removeprefix(scope.get("root_path") or ""))
+        if len(headers) < len(scope["headers"]):
+            direct = None  # what several headers of a name mean is for Flask to know
+        self.count(1)
+        try:
+            with Patience(receive) as patience:
+                body = await self.body(headers.get(b"content-length", b"0"), receive, patience)
+                patience.allow(self.config.request_timeout, 504, TOO_LATE)
+                answer = None
+                if direct:
+                    answer = await self.answer(direct, scope, headers, body, variables)
+                if answer is None:
+                    patience.allow(math.inf)
+                    return await Passage(self, scope, send, body, began).take()
+            status, (content, content_type) = 200, answer
+            sent = [("content-type", content_type), ("content-length", str(len(content)))]
+        except Exception as error:
+            response = as_problem(error, self.service, f"{method} {path}").get_response({})
+            status, content = response.status_code, response.get_data()
+            sent = [(name.lower(), value) for name, value in response.headers]
+        finally:
+            self.count(-1)
+        sent.append(("x-request-id", REQUEST_ID.get()))
+        self.service.answered(direct and direct.route, method, path, status, began)
+        await self.start(send, status, sent)
+        await send({"type": "http.response.body", "body": content if method != "HEAD" else b""})
+
+    def count(self, change: int) -> None:
+        """Note that there are more or fewer requests."""
+        self.in_progress += change
+        self.service.metrics.set(self.in_progress, "mest_requests_in_progress")
+
+    def find(self, method: str, path: str) -> tuple[Direct | None, dict[str, Any]]:
+        """Return the direct route that a path has, if any, and the variables in the path."""
+        if direct := self.fixed.get((method, path)):
+            return direct, dict(direct.rule.defaults or {})
+        if method not in FLASKS and any(direct.rule.arguments for direct in self.direct):
+            with contextlib.suppress(HTTPException):
+                rule, variables = self.adapter.match(path, method, return_rule=True)
+                found = (direct for direct in self.direct if direct.rule is rule)
+                return next(found, None), dict(variables)
+        return None, {}
+
+    async def body(self, length: bytes, receive: Callable, patience: Patience) -> bytes:
+        """Return the body of a request, or raise a Problem: 408 or 413."""
+        late = 408, "The body did not come in time."
+        patience.allow(self.config.request_body_timeout, *late, body_is_read=False)
+        size, parts = 0, []
+        more = is_short = int(length[:18]) <= self.max_body_bytes
+        while more and is_short:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Problem(*late)
+            more = message.get("more_body", False)
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            is_short = size <= self.max_body_bytes
+        if is_short:
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        too_long = 413, f"The body is longer than {self.max_body_bytes} bytes."
+        patience.allow(5, *too_long, body_is_read=False)  # most send all before they read the answer
+        while size < 2**26 and (more or not size):
+            message = await receive()
+            size += len(message.get("body", b"")) or 1
+            more = message.get("more_body", False)
+        raise Problem(*too_long)
+
+    async def start(self, send: Callable, status: int, headers: list[tuple[str, str]]) -> None:
+        """Begin a response."""
+        if self.service.draining:
+            headers = [*headers, ("connection", "close")]  # the next request goes elsewhere
+        encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+        await send({"type": "http.response.start", "status": status, "headers": encoded})
+
+    async def answer(
+        self, direct: Direct, scope: dict, headers: dict, body: bytes, variables: dict
+    ) -> tuple[bytes, str] | None:
+        """Return what a direct route answers and its type, or None if only Flask can tell."""
+        if direct.is_probe:
+            return direct.handler.answer()
+        kind = headers.get(b"content-type", b"").decode("latin-1")
+        coding = headers.get(b"content-encoding", b"").decode("latin-1").lower()
+        large, sent = len(body) > LARGE, (scope["method"], kind, coding, body)
+        values = await self.call(decode_body, *sent) if large else decode_body(*sent)
+        if values is None:  # a form
+            return None
+        parameters = direct.handler.parameters
+        document = parameters.document(query_of(scope["query_string"]), values, variables)
+        params = None if large else parameters.surely(document)
+        if params is None:  # Cerberus decides, which may take long and call the user's code
+            params = await self.call(parameters.check, document)
+        return await self.predict(direct, {**variables, **params})
+
+    async def predict(self, direct: Direct, params: dict[str, Any]) -> tuple[bytes, str]:
+        """Return the model's answer; what the user has written runs in threads."""
+        handler, model = direct.handler, direct.handler.model
+        if not direct.is_staged:
+            return await self.call(handler.answer, params)
+        handler.require_model()
+        payload = params
+        if direct.has_own("pre_process"):
+            payload = await self.call(lambda: model.pre_process(**params))
+        result = await self.outcome(model._turns, payload)
+        if direct.has_own("post_process"):
+            return await self.call(lambda: encode(pass_on(result, model.post_process)))
+        return await self.call(encode, result) if weight(result) >= LARGE else encode(result)
+
+    async def call(self, function: Callable, *args: Any) -> Any:
+        """Return what a function returns in another thread."""
+        return await self.outcome(self.threads._turns, lambda: function(*args))
+
+    async def outcome(self, turns: Turns, payload: Any) -> Any:
+        """Return the model's result for a payload."""
+        future = self.loop.create_future()
+        turns.submit(payload, future, functools.partial(self.give, future))
+        self.awaited += 1
+        if self.awaited > 1 and not self.polls:
+            self.polls = self.loop.call_later(0.002, self.poll)
+        try:
+            return raised(await future)
+        finally:
+            self.awaited -= 1
+
+    def give(self, future: asyncio.Future, outcome: Any, more: bool) -> None:
+        """Hand an outcome over to the event loop, which is woken once for several.
+
+        Waking it costs more than a small model does. What it is not woken for it finds by itself.
+        """
+        self.given.append((future, outcome))
+        if not more and not self.woken:
+            self.woken = True
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self.loop.call_soon_threadsafe(self.deliver)
+
+    def deliver(self) -> None:
+        self.woken = False
+        while self.given:
+            future, outcome = self.given.popleft()
+            if not future.done():
+                future.set_result(outcome)
+
+    def poll(self) -> None:
+        """Deliver every 2 ms, from when several outcomes are awaited until none is."""
+        self.deliver()
+        self.polls = self.loop.call_later(0.002, self.poll) if self.awaited else None
+
+
+class Gone(OSError):
+    """The client has left, or does not read what it is sent."""
+
+
+class Passage:
+    """The way of a request through the Flask application, in a thread, and of its answer back.
+
+    It is a WSGI server (PEP 3333) of one request.
+    """
+
+    def __init__(self, edge: Edge, scope: dict, send: Callable, body: bytes, began: float):
+        self.edge, self.scope, self.send, self.body, self.began = edge, scope, send, body, began
+        self.status, self.headers, self.started = 0, [], False
+        self.gone, self.sending = threading.Event(), None
+
+    async def take(self) -> None:
+        """Answer the request."""
+        try:
+            whole = await self.edge.call(copy_context().run, self.run)
+        except Exception as error:
+            if not self.started:
+                raise
+            if not isinstance(error, Gone):
+                as_problem(error, self.edge.service, f"the stream of {self.scope['path']}")
+            raise asyncio.CancelledError from None  # ends the connection, so that the client knows
+        finally:
+            self.gone.set()
+            if self.sending:
+                self.sending.cancel()
+        if not self.started:
+            await self.edge.start(self.send, self.status, self.headers)
+        await self.send({"type": "http.response.body", "body": whole})
+
+    def run(self) -> bytes:
+        """Call Flask and return the body, or the rest of it: what is streamed is sent at once."""
+        chunks = self.edge.service.app(self.environ(), self.start_response)
+        try:
+            for chunk in filter(None, chunks):
+                if not self.started and str(len(chunk)) == dict(self.headers).get("content-length"):
+                    return chunk
+                self.write(chunk)
+            return b""
+        finally:
+            getattr(chunks, "close", lambda: None)()
+
+    def start_response(self, status: str, headers: list, exc_info: Any = None) -> Callable:
+        if exc_info and self.started:
+            raise exc_info[1].with_traceback(exc_info[2])
+        self.status = int(status.split()[0])
+        self.headers = [(name.lower(), value) for name, value in headers]
+        return self.write
+
+    def write(self, chunk: bytes) -> None:
+        """Send a part of the body, and wait until it is sent."""
+        if not self.started:
+            self.started = True
+            self.wait_for(self.edge.start(self.send, self.status, self.headers))
+        self.wait_for(self.send({"type": "http.response.body", "body": chunk, "more_body": True}))
+
+    def wait_for(self, sending: Any) -> None:
+        self.sending = asyncio.run_coroutine_threadsafe(sending, self.edge.loop)
+        if self.gone.is_set():
+            self.sending.cancel()
+        try:
+            self.sending.result(30)  # seconds for a client to read
+        except (CancelledError, FutureTimeoutError):
+            self.sending.cancel()
+            raise Gone from None
+
+    def environ(self) -> dict[str, Any]:
+        """Return the request as WSGI has it, with the bytes of the path as they were sent."""
+        scope, root = self.scope, self.scope.get("root_path") or ""
+        raw = scope.get("raw_path") or scope["path"].encode()
+        if not raw.startswith(b"/"):  # http://host/path, which RFC 9112, section 3.2.2, has for proxies
+            raw = b"/" + raw.partition(b"://")[2].partition(b"/")[2]
+        path, root = unquote_to_bytes(raw).decode("latin-1"), root.encode().decode("latin-1")
+        host, port = scope.get("server") or ("localhost", 80)
+        client, client_port = scope.get("client") or ("", 0)
+        environ = {
+            "REQUEST_METHOD": scope["method"], "SCRIPT_NAME": root.rstrip("/"),
+            "PATH_INFO": path.removeprefix(root.rstrip("/")),
+            "QUERY_STRING": scope["query_string"].decode("latin-1"), "SERVER_NAME": host,
+            "SERVER_PORT": str(port if isinstance(port, int) else 80),  # none is on a Unix socket
+            "SERVER_PROTOCOL": f"HTTP/{scope['http_version']}", "REMOTE_ADDR": client,
+            "REMOTE_PORT": str(client_port),
+            "wsgi.version": (1, 0), "wsgi.url_scheme": scope.get("scheme", "http"),
+            "wsgi.input": BytesIO(self.body), "wsgi.input_terminated": True,
+            "wsgi.errors": sys.stderr, "wsgi.multithread": True, "wsgi.multiprocess": True,
+            "wsgi.run_once": False, "mest.began": self.began,
+        }
+        if self.body:
+            environ["CONTENT_LENGTH"] = str(len(self.body))
+        unused = b"content-length", b"transfer-encoding", b"proxy"  # httpoxy.org
+        for name, value in scope["headers"]:
+            if name in unused or b"_" in name:  # which could pass for another's
+                continue
+            key = name.decode("latin-1").upper().replace("-", "_")
+            key = key if key == "CONTENT_TYPE" else f"HTTP_{key}"
+            joint = "; " if name == b"cookie" else ","
+            text = value.decode("latin-1")
+            environ[key] = f"{environ[key]}{joint}{text}" if key in environ else text
+        return environ
+
+
 # Application
+
+#: Those of RFC 9110, and PATCH of RFC 5789. Clients may make up others, which metrics do not list.
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
 
 
 class Mest:
@@ -1292,12 +1997,16 @@ class Mest:
         self.app = app or self._flask()
         if self.app.extensions.setdefault("mest", self) is not self:
             raise MestError("the Flask application has a Mest already; add routers to that")
-        for model in config.models_instances:
-            if isinstance(model, GenericModel):
-                model._limits = config.max_queued_requests, config.request_timeout
-        #: Whether the process is about to stop: pings say so, and no more requests should come.
-        self.draining = False
-        self._loaded: set[int] = set()  # the models' ids
+        self._draining = mmap.mmap(-1, 1)  # a byte that processes share across forks
+        self._loaded: dict[int, float] = {}  # seconds that it took, by the models' ids
+        self._edge: Edge | None = None
+        self.share_metrics(Metrics())
+        #: /livez, /readyz and /metrics. An application that Mest lives in may register it.
+        self.probes = Router("mest")
+        for probe in (self.livez, self.readyz, self.metrics_text):
+            self.probes._add_own(probe.__name__.partition("_")[0], "GET", Probe(probe))
+        if not app:
+            self.register_router("/", self.probes)
 
     def _flask(self) -> flask.Flask:
         name, here = self.config.service_name, os.getcwd()
@@ -1305,10 +2014,70 @@ class Mest:
         app.logger = self.logger
         app.json.sort_keys = False
         app.config["MAX_CONTENT_LENGTH"] = self.config.max_body_bytes
-        app.after_request(add_request_id)
-        answer = lambda error: as_problem(error, self.logger).get_response(request.environ)
+        app.before_request(begin_request)
+        app.after_request(finish_request)
+        app.teardown_request(end_request)
+        problem = lambda error: as_problem(error, self, f"{request.method} {request.path}")
+        answer = lambda error: problem(error).get_response(request.environ)
         app.register_error_handler(HTTPException, answer)
         return app
+
+    def share_metrics(self, metrics: Metrics) -> None:
+        """Count there from now on, for the models too."""
+        self.metrics = metrics
+        for model in self.config.models_instances:
+            if isinstance(model, GenericModel):
+                model._limits = self.config.max_queued_requests, self.config.request_timeout
+                model._metrics = metrics
+
+    @property
+    def draining(self) -> bool:
+        """Whether the service is about to stop: probes and pings say so, to get no more requests.
+
+        All processes share it that have been forked since the Mest was made.
+        """
+        return bool(self._draining[0])
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self._draining[0] = value
+
+    def livez(self) -> tuple[bytes, str]:
+        """Return that the process can serve, or raise a Problem if a model has been busy too long."""
+        limit = self.config.liveness_timeout
+        for model in self.config.models_instances:
+            turns = vars(model).get(f"_turns_{os.getpid()}") if hasattr(model, "__dict__") else None
+            for since in [*turns.busy_since.values()] if turns and limit else ():
+                if since and time.monotonic() - since > limit:
+                    stuck = f"{type(model).__name__} has been in one call for more than {limit} s"
+                    raise Problem(503, f"The model {stuck}.")
+        return encode({"status": "alive"})
+
+    def readyz(self) -> tuple[bytes, str]:
+        """Return that requests may come, or raise a Problem."""
+        if self.draining:
+            raise Problem(503, f"{self.config.service_name} is shutting down.")
+        for model in self.config.models_instances:
+            if id(model) not in self._loaded:
+                raise Problem(503, f"The model {type(model).__name__} is not loaded.")
+        return encode({"status": "ready"})
+
+    def metrics_text(self) -> tuple[bytes, str]:
+        """Return what Prometheus scrapes, and its content type."""
+        return self.metrics.text().encode(), "text/plain; version=0.0.4; charset=utf-8"
+
+    def answered(
+        self, route: str | None, method: str, path: str, status: int, began: float
+    ) -> None:
+        """Count, and log if that is asked for, a request that began at a time.perf_counter()."""
+        seconds = time.perf_counter() - began
+        route, verb = route or "other", method if method in METHODS else "other"
+        self.metrics.add(1, "mest_requests_total", route, verb, status)
+        self.metrics.observe(seconds, "mest_request_duration_seconds", route)
+        if self.config.access_log:
+            fields = {"method": method, "path": path, "status": status}
+            fields["milliseconds"] = round(seconds * 1000, 3)
+            self.logger.info("answered", extra={"fields": fields})
 
     def setup(self) -> Mest:
         """Load the models that are not loaded yet, and return the Mest itself.
@@ -1336,8 +2105,28 @@ class Mest:
                 raise MestError(reason) from error
             if isinstance(model, GenericModel):
                 model._initialised = True
-            self._loaded.add(id(model))
-            self.logger.info("model %s loaded in %.3f s", name, time.perf_counter() - started)
+            seconds = self._loaded[id(model)] = time.perf_counter() - started
+            self.metrics.set(seconds, "mest_model_load_seconds", name)
+            self.logger.info("model %s loaded in %.3f s", name, seconds)
+
+    def warm_up(self) -> None:
+        """Load the models, and run the example of each predict route once: first calls are slow.
+
+        Raises:
+            MestError: a model cannot be loaded, or fails for an example.
+        """
+        self.load_models()
+        for rule in self.app.url_map.iter_rules():
+            prediction = handler_of(self.app, rule)
+            if isinstance(prediction, Prediction) and prediction.parameters.example is not None:
+                params = prediction.parameters.check(copy.deepcopy(prediction.parameters.example))
+                try:
+                    prediction.answer(params)
+                except (Exception, SystemExit) as error:
+                    name, what = type(prediction.model).__name__, f"{type(error).__name__}: {error}"
+                    reason = f"model {name} fails for the example of {rule.rule}: {what}"
+                    raise MestError(reason) from error
+        self.metrics.set(1, "mest_workers_ready")
 
     def register_router(self, url: str, router: Router) -> None:
         """Put the routes of a router, present and future ones, under an url or several in turn.
@@ -1352,6 +2141,22 @@ class Mest:
             raise MestError(f"there are two routers named {router.name!r}; rename one of them")
         name = f"{router.name}_{len(same) + 1}" if same else router.name
         self.app.register_blueprint(router.blueprint, url_prefix="/" + url.strip("/"), name=name)
+
+    def announce(self, place: str) -> None:
+        """Log, in the first of several workers, what is served where and how."""
+        if self.metrics.slot > 1:
+            return
+        loaded = ((type(m).__name__, self._loaded[id(m)]) for m in self.config.models_instances)
+        models = ", ".join(f"model {name} ({seconds:.3f} s)" for name, seconds in loaded)
+        parts = [f"serves on {place} of {self.config.threads} threads", models, *ways(self.app)]
+        self.logger.info("; ".join(filter(None, parts)))
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """Serve as an ASGI application, of gunicorn's own worker, uvicorn and others."""
+        loop = asyncio.get_running_loop()
+        if self._edge is None or self._edge.loop is not loop:
+            self._edge = Edge(self, loop)
+        await self._edge(scope, receive, send)
 
     def run(self) -> None:
         """Start the development server on 127.0.0.1 and the `listen_port`, with the models loaded.
@@ -1369,30 +2174,225 @@ class Mest:
 # Serving
 
 
+#: What gunicorn_for's worker overrides or calls of gunicorn's that is not public.
+PRIVATE = {
+    "ASGIProtocol": (
+        "_callback_parser", "_close_transport", "_closed", "_current_request", "_is_buffer_full",
+        "_keepalive_timeout", "_on_headers_complete", "_resume_reading", "_send_error_response",
+    ),
+    "ASGIWorker": ("_setup_event_loop", "_shutdown"),
+}
+
+
+def missing_in(*classes: type) -> list[str]:
+    """Return which of PRIVATE these classes of gunicorn do not have."""
+    return [
+        f"{cls.__name__}.{name}" for cls in classes for name in PRIVATE[cls.__name__]
+        if not hasattr(cls, name) and name not in cls.__init__.__code__.co_names
+    ]
+
+
+def worker_for(mest_app: Mest) -> type:
+    """Return gunicorn's class of asynchronous workers, with what it lacks."""
+    from gunicorn.asgi.protocol import ASGIProtocol
+    from gunicorn.workers.gasgi import ASGIWorker
+
+    if missing := missing_in(ASGIProtocol, ASGIWorker):
+        text = "this gunicorn has no %s: slow clients, idle connections at a stop, and floods cost more"
+        mest_app.logger.warning(text, ", ".join(missing))
+        return ASGIWorker
+
+    class Protocol(ASGIProtocol):
+        headers_due: Any = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.worker.protocols.add(self)
+            self.expect_headers()
+            if self.worker.nr_conns > self.worker.worker_connections:  # gunicorn takes any number
+                self._send_error_response(503, "Too many connections.", [("Retry-After", "1")])
+                self._close_transport()
+
+        def expect_headers(self) -> None:  # gunicorn would wait for ever
+            if self._callback_parser:  # it is HTTP/1
+                seconds = mest_app.config.header_timeout
+                self.headers_due = self.worker.loop.call_later(seconds, self._keepalive_timeout)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._current_request is None and not self.headers_due and not self._closed:
+                self.expect_headers()
+
+        def _on_headers_complete(self) -> Any:
+            if self.headers_due:
+                self.headers_due = self.headers_due.cancel()
+            return super()._on_headers_complete()
+
+        def _resume_reading(self) -> None:  # gunicorn lets pipelined requests fill the memory
+            if not self._is_buffer_full():
+                super()._resume_reading()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            if self.headers_due:
+                self.headers_due.cancel()
+            self.worker.protocols.discard(self)
+            super().connection_lost(error)
+
+    class Worker(ASGIWorker):
+        def _setup_event_loop(self) -> None:
+            super()._setup_event_loop()
+            self.protocols: set[Protocol] = set()
+            listen, new = self.loop.create_server, lambda: Protocol(self)
+            backlog = self.cfg.backlog  # asyncio would set it to 100
+            self.loop.create_server = lambda _, **rest: listen(new, backlog=backlog, **rest)
+
+        def init_signals(self) -> None:
+            for number in self.SIGNALS:  # the loop, which would see to them, does not run before
+                signal.signal(number, signal.SIG_DFL)  # the models are loaded
+
+        def run(self) -> None:
+            super().init_signals()
+            self.loop.add_signal_handler(signal.SIGINT, self.handle_exit_signal)  # Ctrl-C is for all
+            super().run()
+
+        def notify(self) -> None:
+            with contextlib.suppress(Problem):
+                mest_app.livez()  # a worker whose model is stuck is replaced
+                super().notify()
+
+        async def _shutdown(self) -> None:
+            seconds = self.cfg.graceful_timeout  # the master's, who kills when they are over
+            self.cfg.set("graceful_timeout", max(1, seconds - 2))
+            self.close_idle(after=1)  # gunicorn would wait for all that are open
+            self.loop.call_later(0.5, self.close_idle, 0)
+            await super()._shutdown()
+
+        def close_idle(self, after: int) -> None:
+            for protocol in [*self.protocols]:  # one just made has half a second for its request
+                if protocol._current_request is None and protocol.req_count > after:
+                    protocol._keepalive_timeout()
+
+    return Worker
+
+
+def master_for(mest_app: Mest) -> type:
+    """Return gunicorn's class of the process that supervises the workers, with what it lacks."""
+    from gunicorn.arbiter import Arbiter
+    from gunicorn.errors import HaltServer
+
+    class Master(Arbiter):
+        stops_at = math.inf
+
+        def handle_term(self) -> None:
+            """Drain, so that balancers notice before the end; or stop, if that is under way."""
+            seconds = mest_app.config.drain_seconds
+            if not seconds or mest_app.draining:
+                self.handle_int()
+            mest_app.draining, self.stops_at = True, time.monotonic() + seconds
+            mest_app.logger.info("stops in %d s, and is not ready from now on", seconds)
+
+        def handle_int(self) -> None:
+            mest_app.draining = True
+            mest_app.logger.info("stops, when the requests in progress are answered")
+            raise StopIteration  # gunicorn's word for a graceful stop
+
+        def handle_hup(self) -> None:
+            """Start new workers; manage_workers stops the old ones when those are ready."""
+            self.app.reload()
+            self.setup(self.app)
+            for _ in range(self.num_workers):
+                self.spawn_worker()
+
+        def wait_for_signals(self, timeout: float = 1.0) -> list:
+            left = self.stops_at - time.monotonic()
+            if left <= 0:
+                self.handle_int()
+            return super().wait_for_signals(timeout=min(timeout, left))
+
+        def spawn_worker(self) -> int:
+            self.app.address = ", ".join(map(str, self.LISTENERS))
+            used = {worker.slot for worker in self.WORKERS.values()}
+            slot = next(slot for slot in itertools.count(1) if slot not in used)
+            mest_app.metrics.begin(slot % mest_app.metrics.slots)
+            mest_app.metrics.add(1, "mest_workers_started_total")
+            pid = super().spawn_worker()
+            worker = self.WORKERS[pid]
+            worker.slot, worker.began, worker.dismissed = slot, time.monotonic(), False
+            return pid
+
+        def is_ready(self, worker: Any) -> bool:
+            return mest_app.metrics.is_ready(worker.slot)
+
+        def manage_workers(self) -> None:
+            newest = sorted(self.WORKERS.values(), key=lambda worker: -worker.age)
+            if all(map(self.is_ready, newest[: self.num_workers])) or len(newest) <= self.num_workers:
+                super().manage_workers()
+
+        def kill_worker(self, pid: int, number: int) -> None:
+            if pid in self.WORKERS:
+                self.WORKERS[pid].dismissed = True
+            super().kill_worker(pid, number)
+
+        def murder_workers(self) -> None:
+            super().murder_workers()
+            limit = mest_app.config.startup_timeout
+            for pid, worker in [*self.WORKERS.items()]:
+                if not self.is_ready(worker) and time.monotonic() - worker.began > limit:
+                    print(f"mest: the models did not load in {limit} s", file=sys.stderr)
+                    os.kill(pid, signal.SIGABRT)  # faulthandler shows where it is
+
+        def reap_workers(self) -> None:
+            """Go on without workers that could not start, but only if there are others enough."""
+            before = dict(self.WORKERS)
+            with contextlib.suppress(HaltServer):
+                super().reap_workers()
+            lost = [before[pid] for pid in before.keys() - self.WORKERS.keys()]
+            failed = [worker for worker in lost if not self.is_ready(worker) and not worker.dismissed]
+            for worker in lost:
+                mest_app.metrics.retire(worker.slot)
+            if failed and sum(map(self.is_ready, self.WORKERS.values())) < self.num_workers:
+                raise HaltServer("a worker could not load the models", self.WORKER_BOOT_ERROR)
+
+    return Master
+
+
 def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
     """Return gunicorn's application for a Mest, configured.
 
     The options beat GUNICORN_CMD_ARGS, that beats gunicorn.conf.py, and that the MestConfig.
     """
-    from gunicorn.app.base import Application
+    from gunicorn.app.base import Application, BaseApplication
     from gunicorn.errors import AppImportError
-    from gunicorn.workers.gthread import ThreadWorker
+    from gunicorn.glogging import Logger
+    from gunicorn.workers.gasgi import ASGIWorker
 
-    class Worker(ThreadWorker):
-        def handle_exit(self, number: int, frame: Any) -> None:
-            mest_app.draining = True
-            super().handle_exit(number, frame)
+    config, master = mest_app.config, os.getpid()
 
-    class Service(Application):
+    class Log(Logger):
+        def setup(self, cfg: Any) -> None:
+            super().setup(cfg)
+            if cfg.errorlog == "-" and not (cfg.logconfig or cfg.logconfig_dict or cfg.logconfig_json):
+                self.error_log.handlers = [LogHandler(config.log_format)]
+
+    class Run(BaseApplication):
+        def run(self) -> None:
+            master_for(mest_app)(self).run()
+
+    class Service(Application, Run):  # so that Application.run() ends in Run's
         def init(self, parser: Any, opts: Any, args: list[str]) -> dict[str, Any]:
             if args:
                 parser.error(f"{args[0]} is no option; mest --app names the application")
             return {
                 "bind": bind,
-                "workers": mest_app.config.workers,
-                "threads": mest_app.config.threads,
-                "worker_class": Worker,
+                "workers": config.workers,
+                "worker_class": worker_for(mest_app),
+                "worker_connections": config.max_connections,
+                "graceful_timeout": config.graceful_timeout,
+                "asgi_lifespan": "on",
+                "asgi_disconnect_grace_period": 0,  # who has left is not waited for
                 "keepalive": 75,  # seconds; load balancers keep idle connections for 60
+                "loglevel": "warning",
+                "logger_class": Log,
                 "control_socket_disable": True,  # it writes to $HOME, which containers may lack
                 "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
             }
@@ -1403,15 +2403,52 @@ def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
                 super().load_config()  # reads sys.argv, the environment and gunicorn.conf.py
             finally:
                 sys.argv = argv
+            if not self.is_asgi and self.cfg.threads == 1:
+                self.cfg.set("threads", config.threads)
 
-        def load(self) -> flask.Flask:
+        @property
+        def is_asgi(self) -> bool:
+            cls = self.cfg.worker_class
+            return issubclass(cls, ASGIWorker) or "uvicorn" in cls.__module__
+
+        def wsgi(self) -> Any:
+            return self.load()
+
+        def load(self) -> Any:
+            """Load the models, in a worker, or in the master with --preload."""
             try:
-                mest_app.load_models()
+                if os.getpid() == master:
+                    faulthandler.dump_traceback_later(config.startup_timeout, exit=True)
+                    mest_app.load_models()
+                    faulthandler.cancel_dump_traceback_later()
+                    prepare_fork(mest_app)
+                else:
+                    faulthandler.enable()
+                    sys.setswitchinterval(0.0005)  # seconds that the model may hold up the loop
+                    mest_app.warm_up()
+                    gc.collect()
+                    gc.freeze()  # or full collections stop the service, for 0.05 s with scikit-learn
+                    mest_app.announce(f"{self.address}, {self.cfg.workers} workers")
             except MestError as error:
                 raise AppImportError(report(error)) from None  # ends the master too
-            return mest_app.app
+            return mest_app if self.is_asgi else mest_app.app
 
-    return Service()
+    service = Service()
+    mest_app.share_metrics(Metrics(slots=4 * service.cfg.workers + 64))
+    return service
+
+
+def prepare_fork(mest_app: Mest) -> None:
+    """Make loaded models ready to be shared by workers, or raise a MestError if they cannot be."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        raise MestError("CUDA has been initialised, and does not survive the fork of --preload")
+    threads = [thread.name for thread in threading.enumerate() if thread.name != "MainThread"]
+    if threads:
+        text = "these threads will not run in the workers that --preload forks: %s"
+        mest_app.logger.warning(text, ", ".join(threads))
+    gc.collect()
+    gc.freeze()  # what is collected later would be copied for each worker
 
 
 def refuse_if_taken(settings: Any) -> None:
@@ -1434,7 +2471,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         for name in MestConfig.FIELDS.keys() & vars(args).keys():
-            MestConfig.convert(name, getattr(args, name), "--" + name.removeprefix("listen_"))
+            option = "--" + name.removeprefix("listen_")
+            MestConfig.convert(name, getattr(args, name), option)
             os.environ["MEST_" + name.upper()] = getattr(args, name)  # beats the code
     except MestError as error:
         parser.error(str(error))
@@ -1471,6 +2509,9 @@ def command_line() -> argparse.ArgumentParser:
     dev.add_argument("--debug", action="store_true", help="show tracebacks in the browser")
     fields = "listen_host", "listen_port", "workers", "threads"
     production = add(servers, "gunicorn", run_gunicorn, *fields)
+    production.add_argument("--preload", action="store_true", help="load the models before forking")
+    production.add_argument("--access-log", action="store_const", const="1",
+                            default=argparse.SUPPRESS, help="log each request")
     production.add_argument("options", nargs="*", metavar="-- OPTIONS", help="gunicorn's own")
     add(commands, "shell", run_shell)
     test = add(commands, "test", run_test, add_help=False, parents=[], prefix_chars="\0")
@@ -1501,18 +2542,33 @@ def run_dev(args: argparse.Namespace) -> int:
     return 0
 
 
+#: How many threads the libraries of linear algebra start, which read it when they are imported.
+THREADS = [
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS",
+]
+
+
 def run_gunicorn(args: argparse.Namespace) -> int:
     """serve in production with gunicorn, whose own options may follow a --"""
     need("gunicorn")
     from gunicorn.errors import AppImportError, HaltServer
 
+    workers = os.environ.get("MEST_WORKERS", "1")
+    workers = available_cpus() if workers == "auto" else int(workers)
+    each = str(max(1, available_cpus() // workers))
+    ours = [name for name in THREADS if os.environ.setdefault(name, each) is each]
     mest_app, _ = load_app(args)
     config, given = mest_app.config, vars(args)
     host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
     bind = f"{host or '0.0.0.0'}:{config.listen_port}"
-    options = [f"--{name}={given[name]}" for name in ("workers", "threads") if name in given]
+    options = [f"--workers={config.workers}"] if "workers" in given else []
+    options += ["--preload"] if args.preload else []
     options += [f"--bind={bind}"] if {"listen_host", "listen_port"} & given.keys() else []
     server, master = gunicorn_for(mest_app, bind, options + args.options), os.getpid()
+    if ours and server.cfg.workers > workers:
+        text = "%s was set to %s for %d workers before the application told of %d: use --workers"
+        mest_app.logger.warning(text, ours[0], each, workers, server.cfg.workers)
     inherited = {"GUNICORN_FD", "LISTEN_FDS"} & os.environ.keys()  # from a master, from systemd
     if not inherited and not server.cfg.reuse_port:
         refuse_if_taken(server.cfg)

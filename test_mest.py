@@ -131,7 +131,7 @@ class Project:
         )
         server = Server(process)
         try:
-            server.wait_for(r"(?:Running on|Listening at:) http://[^\s]+?:(\d+)\b")
+            server.wait_for(r"(?:Running on|serves on) http://[^\s]+?:(\d+)\b")
             yield server
         finally:
             server.kill()
@@ -180,7 +180,7 @@ class Server:
             method = method or ("GET" if body is None else "POST")
             connection.request(method, path, body, headers if headers is not None else JSON)
             response = connection.getresponse()
-            return response.status, response.read(), dict(response.getheaders())
+            return response.status, response.read(), response.headers
         finally:
             connection.close()
 
@@ -315,16 +315,45 @@ def test_every_response_has_a_request_id_and_only_a_sane_one_is_taken_from_the_c
 def test_the_environment_beats_the_code():
     environ = {"MEST_LISTEN_PORT": "8080", "MEST_WORKERS": "3", "MEST_LOG_LEVEL": "DEBUG", "MEST_THREADS": ""}
     config = MestConfig("a", 8000, workers=2, environ=environ)
-    assert (config.listen_port, config.workers, config.log_level, config.threads) == (8080, 3, "DEBUG", 40)
+    assert (config.listen_port, config.workers, config.log_level, config.threads) == (8080, 3, "DEBUG", 16)
     assert config.local_model_directory_path == "_models"
 
 
 @pytest.mark.parametrize("field", MestConfig.FIELDS)
 def test_every_field_can_be_set_by_the_environment(field):
     default, allowed, _ = MestConfig.FIELDS[field]
-    value = {range: allowed[-1], type: "elsewhere", tuple: allowed[-1]}[type(allowed)] if allowed is not str else "elsewhere"
+    allowed = allowed[0] if isinstance(allowed, tuple) and isinstance(allowed[0], range) else allowed
+    value = {str: "elsewhere", bool: True}.get(allowed) if isinstance(allowed, type) else allowed[-1]
     config = MestConfig("a", 8000, environ={"MEST_" + field.upper(): str(value)})
     assert getattr(config, field) == value != default
+
+
+def test_a_switch_is_true_or_false_and_false_in_the_environment_is_not_true():
+    for text, value in [("1", True), ("true", True), ("0", False), ("False", False)]:
+        assert MestConfig("a", environ={"MEST_ACCESS_LOG": text}).access_log is value
+    with pytest.raises(MestError, match="MEST_ACCESS_LOG is 'maybe'; it must be true or false .whether each"):
+        MestConfig("a", environ={"MEST_ACCESS_LOG": "maybe"})
+
+
+def test_workers_may_be_as_many_as_there_are_cpus():
+    assert MestConfig("a", environ={"MEST_WORKERS": "auto"}).workers == mest.available_cpus()
+    with pytest.raises(MestError, match="workers is 'many'; it must be an integer from 1 to 1024 or auto"):
+        MestConfig("a", environ={}, workers="many")
+
+
+@pytest.mark.parametrize(
+    "files, quota",
+    [
+        ({"cpu.max": "100000 100000"}, 1), ({"cpu.max": "50000 100000"}, 1), ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1), ({}, None),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None), ({"cpu.max": "9900000 100000"}, None),
+    ],
+)
+def test_the_cpus_are_those_that_the_container_may_use(tmp_path, files, quota):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert mest.available_cpus(str(tmp_path)) == (quota or len(os.sched_getaffinity(0)))
 
 
 @pytest.mark.parametrize(
@@ -1200,7 +1229,7 @@ def test_without_infer_batch_there_are_no_batches():
     model = Doubler()
     model.init("")
     model.max_batch_size = 32
-    assert model.predict(x=2) == {"y": 4} and not model._turns.threads
+    assert model.predict(x=2) == {"y": 4} and not model._turns.batching
 
 
 class Faulty(Batched):
@@ -1435,7 +1464,7 @@ def test_the_limits_hold_for_a_model_that_has_predicted_before():
     model = Batched()
     model.predict(x=1)
     make(models=[model], max_queued_requests=1)
-    model._turns.enter()
+    model._turns.count(1)
     with pytest.raises(Problem, match="503"):
         model.predict(x=1)
 
@@ -1754,12 +1783,12 @@ def test_a_copy_works_in_a_project_and_in_a_package_of_it(project):
 # Serving
 
 
-@pytest.fixture(scope="module", params=["dev", "gunicorn"])
+@pytest.fixture(scope="module", params=["dev", "gunicorn", "gunicorn -- -k gthread --threads 4"])
 def running(request, tmp_path_factory):
     """APP on a real server, the same one for all tests that only ask it something."""
-    project = Project(tmp_path_factory.mktemp(request.param))
+    project = Project(tmp_path_factory.mktemp("running"))
     project.write(app=APP)
-    with project.serve("run", request.param, MEST_MAX_BODY_BYTES="1000000") as server:
+    with project.serve("run", *request.param.split(), MEST_MAX_BODY_BYTES="1000000") as server:
         yield server
 
 
@@ -1793,16 +1822,14 @@ def chunked(*chunks):
 
 
 def test_a_body_in_chunks_is_read_whole(running):
-    received = running.send(framed(chunked(b'{"x": [1', b", 2]}"), "Transfer-Encoding: chunked", length=-1))
+    request = framed(chunked(b'{"x": [1', b", 2]}"), "Transfer-Encoding: chunked", length=-1)
+    received = running.send(request, half_close=False)
     assert received.startswith(b"HTTP/1.1 200") and received.endswith(b'{"x":[1,2]}\n')
 
 
 @pytest.mark.parametrize(
     "sent, status, detail",
     [
-        (framed(b'{"x": [1]}', length=50), 400, b"ended"),
-        (framed(b'{"x": [1]} ', length=12), 400, b"ended"),
-        (framed(b"5\r\n{zz\r\n", "Transfer-Encoding: chunked", length=-1), 400, b""),
         (framed(b"zz\r\n{}\r\n", "Transfer-Encoding: chunked", length=-1), 400, b""),
         (framed(b'{"x": [' + b" " * 1_000_000 + b"]}"), 413, b"longer than 1000000 bytes"),
         (framed(chunked(b'{"x": []}', b" " * 999_999, b"]"), "Transfer-Encoding: chunked", length=-1), 413, b"longer"),
@@ -1810,8 +1837,20 @@ def test_a_body_in_chunks_is_read_whole(running):
     ],
 )
 def test_a_body_of_a_wrong_length_is_refused(running, sent, status, detail):
-    received = running.send(sent)
+    received = running.send(sent, half_close=False)
     assert received.startswith(b"HTTP/1.1 %d" % status) and detail in received, received[:300]
+
+
+@pytest.mark.parametrize(
+    "sent, detail",
+    [
+        (framed(b'{"x": [1]}', length=50), b"ended"), (framed(b'{"x": [1]} ', length=12), b"ended"),
+        (framed(b"5\r\n{zz\r\n", "Transfer-Encoding: chunked", length=-1), b""),
+    ],
+)
+def test_a_body_that_ends_early_is_refused_unless_its_client_counts_as_gone(running, sent, detail):
+    received = running.send(sent)
+    assert not received or received.startswith(b"HTTP/1.1 400") and detail in received
 
 
 def test_a_client_that_sends_far_too_much_reads_the_answer(running):
@@ -1870,7 +1909,9 @@ def test_gunicorn_takes_its_settings_from_the_code_the_environment_and_the_comma
         return {name: value for name, value in re.findall(r"^(\w+) += (.*)$", text, re.M)}
 
     shown = settings(*show)
-    assert (shown["bind"], shown["workers"], shown["threads"]) == ("['0.0.0.0:8000']", "2", "3")
+    assert (shown["bind"], shown["workers"], shown["worker_class"]) == ("['0.0.0.0:8000']", "2", "<worker_for.<locals>.Worker()>")
+    assert settings("--preload", *show, "-k", "gthread")["threads"] == "3"
+    assert settings("--preload", *show, "-k", "gthread", "--threads", "5")["threads"] == "5"
     shown = settings(*show, MEST_WORKERS="4", MEST_LISTEN_PORT="9", MEST_LISTEN_HOST="::1")
     assert (shown["bind"], shown["workers"]) == ("['[::1]:9']", "4")
     (project.path / "gunicorn.conf.py").write_text("workers = 5\nbacklog = 77\nbind = '127.0.0.1:1'\n")
@@ -1879,7 +1920,8 @@ def test_gunicorn_takes_its_settings_from_the_code_the_environment_and_the_comma
     shown = settings(*show, GUNICORN_CMD_ARGS="--workers 6")
     assert shown["workers"] == "6"
     shown = settings("--workers", "7", "--port", "8", *show, GUNICORN_CMD_ARGS="--workers 6")
-    assert (shown["bind"], shown["workers"], shown["threads"]) == ("['0.0.0.0:8']", "7", "3")
+    assert (shown["bind"], shown["workers"], shown["preload_app"]) == ("['0.0.0.0:8']", "7", "False")
+    assert settings("--preload", *show)["preload_app"] == "True"
     assert settings("--workers", "7", *show, "--workers", "8")["workers"] == "8"
     wrong = project.mest("run", "gunicorn", "--", "app:app")
     assert wrong.returncode == 2 and "app:app is no option; mest --app names the application" in wrong.stderr
