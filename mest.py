@@ -1189,6 +1189,11 @@ class Turns:
             if self.model._metrics:
                 self.model._metrics.set(self.waiting, "mest_queue_length", self.name)
 
+    def busy_for(self) -> float:
+        """Return for how many seconds the model has been in its longest call by now."""
+        since = [when for when in [*self.busy_since.values()] if when]
+        return time.monotonic() - min(since) if since else 0.0
+
     def serve(self) -> None:
         """Carry out batches, in a thread, until the model ends it: by sys.exit, for one."""
         me = threading.current_thread()
@@ -1550,6 +1555,11 @@ def handler_of(app: flask.Flask, rule: Rule) -> Any:
 LARGE = 2**16
 #: methods that Flask answers for all routes
 FLASKS = {"HEAD", "OPTIONS"}
+#: what a request passes in Flask, and what a host may have replaced
+FLASKS_WAY = (
+    "__call__", "wsgi_app", "full_dispatch_request", "preprocess_request", "dispatch_request",
+    "finalize_request", "process_response", "request_context", "do_teardown_request",
+)
 
 
 def why_through_flask(app: flask.Flask, rule: Rule) -> str:
@@ -1558,8 +1568,9 @@ def why_through_flask(app: flask.Flask, rule: Rule) -> str:
         return "it has a handler of its own"
     if app.url_map.host_matching or rule.subdomain or rule.redirect_to:
         return "its host matters, or it redirects"
-    if getattr(app.wsgi_app, "__func__", None) is not flask.Flask.wsgi_app:
-        return "the application's wsgi_app is wrapped"
+    for name in FLASKS_WAY:
+        if getattr(getattr(app, name), "__func__", None) is not getattr(flask.Flask, name):
+            return f"the application has a {name} of its own"
     names = rule.endpoint.split(".")[:-1]
     scopes = [None, *(".".join(names[: count + 1]) for count in range(len(names)))]
     for kind in ("before_request", "after_request", "teardown_request", "teardown_appcontext"):
@@ -2045,12 +2056,10 @@ class Mest:
     def livez(self) -> tuple[bytes, str]:
         """Return that the process can serve, or raise a Problem if a model has been busy too long."""
         limit = self.config.liveness_timeout
-        for model in self.config.models_instances:
-            turns = vars(model).get(f"_turns_{os.getpid()}") if hasattr(model, "__dict__") else None
-            for since in [*turns.busy_since.values()] if turns and limit else ():
-                if since and time.monotonic() - since > limit:
-                    stuck = f"{type(model).__name__} has been in one call for more than {limit} s"
-                    raise Problem(503, f"The model {stuck}.")
+        for model in filter(lambda model: isinstance(model, GenericModel), self.config.models_instances):
+            if limit and model._turns.busy_for() > limit:
+                stuck = f"{type(model).__name__} has been in one call for more than {limit} s"
+                raise Problem(503, f"The model {stuck}.")
         return encode({"status": "alive"})
 
     def readyz(self) -> tuple[bytes, str]:
@@ -2351,7 +2360,10 @@ def master_for(mest_app: Mest) -> type:
             for worker in lost:
                 mest_app.metrics.retire(worker.slot)
             if failed and sum(map(self.is_ready, self.WORKERS.values())) < self.num_workers:
-                raise HaltServer("a worker could not load the models", self.WORKER_BOOT_ERROR)
+                mest_app.logger.error("a worker could not start")
+                raise HaltServer("a worker could not start", self.WORKER_BOOT_ERROR)
+            if failed:
+                mest_app.logger.error("a new worker could not start; the others go on")
 
     return Master
 
@@ -2542,11 +2554,15 @@ def run_dev(args: argparse.Namespace) -> int:
     return 0
 
 
-#: How many threads the libraries of linear algebra start, which read it when they are imported.
-THREADS = [
-    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS",
-]
+def share_cpus(workers: int) -> None:
+    """Let linear algebra use no more threads than a worker has CPUs, unless the user has said so.
+
+    Its libraries read that when they are imported.
+    """
+    threads = str(max(1, available_cpus() // workers))
+    for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "VECLIB", "NUMEXPR"):
+        kind = "MAXIMUM" if library == "VECLIB" else "NUM"
+        os.environ.setdefault(f"{library}_{kind}_THREADS", threads)
 
 
 def run_gunicorn(args: argparse.Namespace) -> int:
@@ -2554,10 +2570,8 @@ def run_gunicorn(args: argparse.Namespace) -> int:
     need("gunicorn")
     from gunicorn.errors import AppImportError, HaltServer
 
-    workers = os.environ.get("MEST_WORKERS", "1")
-    workers = available_cpus() if workers == "auto" else int(workers)
-    each = str(max(1, available_cpus() // workers))
-    ours = [name for name in THREADS if os.environ.setdefault(name, each) is each]
+    workers = MestConfig("mest").workers  # unless the application says otherwise
+    share_cpus(workers)
     mest_app, _ = load_app(args)
     config, given = mest_app.config, vars(args)
     host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
@@ -2566,9 +2580,9 @@ def run_gunicorn(args: argparse.Namespace) -> int:
     options += ["--preload"] if args.preload else []
     options += [f"--bind={bind}"] if {"listen_host", "listen_port"} & given.keys() else []
     server, master = gunicorn_for(mest_app, bind, options + args.options), os.getpid()
-    if ours and server.cfg.workers > workers:
-        text = "%s was set to %s for %d workers before the application told of %d: use --workers"
-        mest_app.logger.warning(text, ours[0], each, workers, server.cfg.workers)
+    if server.cfg.workers > workers:
+        text = "the CPUs were shared out to %d workers before the application told of %d; use --workers"
+        mest_app.logger.warning(text, workers, server.cfg.workers)
     inherited = {"GUNICORN_FD", "LISTEN_FDS"} & os.environ.keys()  # from a master, from systemd
     if not inherited and not server.cfg.reuse_port:
         refuse_if_taken(server.cfg)

@@ -1,6 +1,10 @@
 """The tests of mest.py, in its order. Each name is a sentence about what a user can rely on."""
+import asyncio
+import builtins
+import concurrent.futures
 import contextlib
 import copy
+import functools
 import http.client
 import io
 import itertools
@@ -22,16 +26,20 @@ import types
 import uuid
 import zipfile
 from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes
 
 import cerberus
 import flask
 import pytest
+from werkzeug.datastructures import Headers
+from werkzeug.test import EnvironBuilder
 
 import mest
 from mest import GenericModel, Mest, MestConfig, MestError, Problem, Router, validate_params
 
 HERE = Path(__file__).resolve().parent
 JSON = {"Content-Type": "application/json"}
+LISTENS = r"(?:Running on|serves on) http://[^\s]+?:(\d+)\b"
 PATIENCE = 30  # seconds, for whatever is waited for
 
 
@@ -100,7 +108,8 @@ def log_of(capsys):
 
 
 def environment(**more):
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MEST_", "WERKZEUG_", "GUNICORN"))}
+    ours = re.compile("MEST_|WERKZEUG_|GUNICORN|.*_(NUM|MAXIMUM)_THREADS$")
+    plain = {name: value for name, value in os.environ.items() if not ours.match(name)}
     return {**plain, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1", **more}
 
 
@@ -121,7 +130,7 @@ class Project:
         )
 
     @contextlib.contextmanager
-    def serve(self, *args, command=("-m", "mest"), port=("--port", "0"), **env):
+    def serve(self, *args, command=("-m", "mest"), port=("--port", "0"), listens=LISTENS, **env):
         """Run a server on a free port, wait until it listens, and yield it."""
         head = list(itertools.takewhile(lambda arg: arg != "--", args))
         process = subprocess.Popen(
@@ -131,7 +140,7 @@ class Project:
         )
         server = Server(process)
         try:
-            server.wait_for(r"(?:Running on|serves on) http://[^\s]+?:(\d+)\b")
+            server.wait_for(listens)
             yield server
         finally:
             server.kill()
@@ -1294,7 +1303,11 @@ class Stuck(Batched):
 
     @contextlib.contextmanager
     def busy(self):
-        thread = threading.Thread(target=self.predict, kwargs={"x": 1})
+        def predict():
+            with contextlib.suppress(Problem):  # it may take longer than is allowed
+                self.predict(x=1)
+
+        thread = threading.Thread(target=predict)
         thread.start()
         assert self.entered.wait(PATIENCE)
         try:
@@ -1656,6 +1669,440 @@ def test_validate_params_works_on_a_plain_flask_route():
     assert response.content_type == "application/problem+json"
 
 
+# The ASGI edge
+
+
+def over_asgi(mest_app, url="/predict", method="POST", parts=(b'{"x": 3}',), headers=None, leave=None, whole=True, **scope):
+    """What the ASGI application answers: its status, headers by lower-case name, and body.
+
+    The client leaves when the event `leave` is set, if any, and sends a part less if not `whole`.
+    """
+    path, _, query = url.partition("?")
+    headers = {"Content-Type": "application/json", "X-Request-Id": "r1"} if headers is None else headers
+    named = [(k.lower().encode(), v.encode("latin-1")) for k, v in (headers.items() if isinstance(headers, dict) else headers)]
+    scope = {
+        "type": "http", "http_version": "1.1", "method": method, "scheme": "http", "path": unquote(path),
+        "raw_path": path.encode(), "query_string": query.encode(), "root_path": "", "headers": named,
+        "client": ("1.2.3.4", 5), "server": ("127.0.0.1", 80), **scope,
+    }
+    sent, queue = [], [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    if whole:
+        queue[-1]["more_body"] = False
+
+    async def receive():
+        if queue:
+            return queue.pop(0)
+        while leave is None or not leave.is_set():
+            await asyncio.sleep(0.001)
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append({**message, "at": time.monotonic()})
+
+    try:
+        asyncio.run(asyncio.wait_for(mest_app(scope, receive, send), PATIENCE))
+    except asyncio.CancelledError:
+        pass
+    if not sent:
+        return None
+    start, *rest = sent
+    headers = {name.decode(): value.decode("latin-1") for name, value in start["headers"]}
+    assert len(headers) == len(start["headers"]) or "set-cookie" in headers
+    body = b"".join(message["body"] for message in rest)
+    return types.SimpleNamespace(status=start["status"], headers=headers, raw=start["headers"], body=body, sent=rest)
+
+
+class Answering(GenericModel):
+    def infer(self, **params):
+        kind = params.get("kind")
+        if kind == "abort":
+            flask.abort(418)
+        if kind == "problem":
+            raise Problem(409, "no", headers={"Retry-After": "7"})
+        if isinstance(kind, str) and hasattr(builtins, kind):
+            raise getattr(builtins, kind)("hunter2")
+        return {"nan": float("nan"), "text": "ü", "bytes": b"\x00", "none": None}.get(kind, params)
+
+
+def answering(**fields):
+    router, mest_app = Router("v1"), make(threads=2, **fields)
+    schema = {"x": {"type": "float"}, "kind": {"type": "string"}, "n": {"type": "integer", "default": 5}, "z": {"type": "string"}}
+    model = Answering()
+    model.model = 1
+    router.add_predict_route(model, schema)
+    router.add_predict_route(model, schema, url="/at/<z>/<int:k>", method="GET")
+    router.add_predict_route(model, {"x": {"type": "float", "check_with": lambda *_: None}}, url="/checked")
+    mest_app.register_router("/", router)
+    return mest_app
+
+
+FORM = "application/x-www-form-urlencoded"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {}, {"parts": [b'{"x"', b": 4}"]}, {"parts": [b'{"x": "a"}']}, {"parts": [b"{"]}, {"parts": [b""]}, {"parts": [b"[]"]},
+        {"parts": [b'{"x": NaN}']}, {"parts": [b'{"x": 1e999}']}, {"parts": [b"{" + b" " * 2000 + b"}"]},
+        {"parts": [b'{"x": 1, "y": 2}']}, {"parts": [b'{"n": ' + b"[" * 5000]}, {"url": "/predict?n=7&x=1"},
+        {"url": "/predict?x=a"}, {"url": "/predict?x=1&x=2"}, {"headers": {"Content-Type": "text/csv"}},
+        {"headers": {}}, {"headers": {"Content-Type": "application/json", "Content-Encoding": "gzip"}},
+        {"headers": {"Content-Type": FORM}, "parts": [b"x=4&n=2"]}, {"headers": {"Content-Type": FORM}, "parts": [b"&&"]},
+        {"headers": {"Content-Type": "application/vnd.api+json; charset=utf-8"}},
+        {"headers": [("Content-Type", FORM), ("Content-Type", "application/json")]},
+        {"parts": [b'{"kind": "nan"}']}, {"parts": [b'{"kind": "text"}']}, {"parts": [b'{"kind": "bytes"}']},
+        {"parts": [b'{"kind": "none"}']}, {"parts": [b'{"kind": "abort"}']}, {"parts": [b'{"kind": "problem"}']},
+        {"parts": [b'{"kind": "KeyError"}']}, {"parts": [b'{"kind": "StopIteration"}']}, {"parts": [b'{"kind": "SystemExit"}']},
+        {"parts": [b'{"kind": "KeyboardInterrupt"}']}, {"url": "/at/a/5", "method": "GET"}, {"url": "/at/a%2Fb/5", "method": "GET"},
+        {"url": "/at/%ff/5?x=2", "method": "GET"}, {"url": "/at/a/b", "method": "GET"}, {"url": "/checked"},
+        {"url": "/checked", "parts": [b'{"x": "b"}']}, {"method": "GET"}, {"method": "HEAD", "url": "/at/a/5"},
+        {"method": "OPTIONS"}, {"method": "BREW"}, {"url": "/predict/"}, {"url": "/predict//"}, {"url": "/none"},
+        {"url": "/livez", "method": "GET"}, {"url": "/readyz", "method": "GET"}, {"url": "/livez"},
+        {"parts": [b" " * 1100]},
+    ],
+)
+def test_a_predict_route_answers_the_same_on_both_edges(sent, capsys):
+    mest_app = answering(max_body_bytes=1000)
+    given = {"headers": {"Content-Type": "application/json"}, "parts": [b'{"x": 3}'], **sent}
+    headers = given.pop("headers")
+    given["headers"] = [*(headers.items() if isinstance(headers, dict) else headers), ("X-Request-Id", "r1")]
+    if given.get("method") == "GET":
+        given["parts"] = [b""]
+    asgi = over_asgi(mest_app, **given)
+    body, own = b"".join(given.pop("parts")), Headers(given["headers"])
+    if body and "Content-Length" not in own:
+        own["Content-Length"] = str(len(body))
+    client = mest_app.app.test_client()
+    raw = given.get("url", "/predict").partition("?")
+    path = unquote_to_bytes(raw[0]).decode("latin-1")
+    environ = {"CONTENT_TYPE": ",".join(own.getlist("Content-Type")), "PATH_INFO": path, "wsgi.input": io.BytesIO(body)}
+    builder = EnvironBuilder(method=given.get("method", "POST"), path="/", query_string=raw[2], headers=own)
+    wsgi = client.open({**builder.get_environ(), **environ})
+    assert (asgi.status, asgi.body) == (wsgi.status_code, wsgi.data)
+    assert asgi.headers == {name.lower(): value for name, value in wsgi.headers}
+    assert "hunter2" not in asgi.body.decode("utf-8", "replace")
+
+
+def test_what_the_user_has_written_never_runs_in_the_event_loop():
+    where = []
+
+    def note(*args):
+        where.append(threading.current_thread())
+        return args[-1] if args else None
+
+    class Model(Doubler):
+        def pre_process(self, x):
+            return note({"x": x})
+
+        def infer(self, x):
+            return note({"x": x})
+
+        def post_process(self, x):
+            return note(x)
+
+    class Overridden(Doubler):
+        def predict(self, x):
+            return note(x)
+
+    class Plain:
+        predict = staticmethod(lambda x: note(x))
+
+    mest_app, router = make(threads=2), Router("v1")
+    checked = {"x": {"type": "float", "coerce": lambda value: note(value)}}
+    for url, model in [("/a", Model()), ("/b", Overridden()), ("/c", Plain()), ("/d", Doubler())]:
+        model.model = 2
+        router.add_predict_route(model, checked if url == "/d" else X, url=url)
+    router.route("/e")(lambda: note("e"))
+    mest_app.register_router("/", router)
+    for url in "abcde":
+        assert over_asgi(mest_app, "/" + url).status == 200
+    assert len(where) == 7 and threading.main_thread() not in where
+
+
+def test_json_of_megabytes_is_handled_in_a_thread(monkeypatch):
+    where = {}
+
+    def noting(name):
+        function = getattr(mest, name)
+
+        def noted(*args):
+            where[name] = threading.current_thread() is threading.main_thread()
+            return function(*args)
+
+        monkeypatch.setattr(mest, name, noted)
+
+    noting("decode_body"), noting("encode")
+    mest_app, router = make(threads=2), Router("v1")
+    model = Doubler()
+    model.model = 1
+    model.infer = lambda x: {"all": x}
+    router.add_predict_route(model, {"x": {"type": "list"}})
+    mest_app.register_router("/", router)
+    for count, in_loop in [(3, True), (70_000, False)]:
+        assert over_asgi(mest_app, parts=[json.dumps({"x": [1.5] * count}).encode()]).status == 200
+        assert where == {"decode_body": in_loop, "encode": in_loop}
+
+
+def protect():
+    flask.abort(401)
+
+
+def deny(function):
+    return functools.wraps(function)(lambda *args, **kwargs: flask.abort(401))
+
+
+HOOKS = {
+    "the before_request hook protect": lambda app, router: app.before_request(protect),
+    "the before_request hook protect ": lambda app, router: router.blueprint.before_request(protect),
+    "the after_request hook": lambda app, router: app.after_request(lambda response: flask.Response("no", 401)),
+    "the teardown_request hook": lambda app, router: app.teardown_request(lambda error: None),
+    "the teardown_appcontext hook": lambda app, router: app.teardown_appcontext(lambda error: None),
+    "a url_value_preprocessor": lambda app, router: app.url_value_preprocessor(lambda *args: flask.abort(401)),
+    "the application has a wsgi_app of its own": lambda app, router: setattr(app, "wsgi_app", lambda *args: flask.Response("no", 401)(*args)),
+    "the application has a dispatch_request of its own": lambda app, router: setattr(app, "dispatch_request", lambda: flask.Response("no", 401)),
+    "it has a handler of its own": lambda app, router: app.view_functions.update({"v1.predict": deny(app.view_functions["v1.predict"])}),
+    "request_started has receivers": lambda app, router: flask.request_started.connect(protect_signal, app),
+}
+
+
+def protect_signal(sender, **more):
+    flask.abort(401)
+
+
+@pytest.mark.parametrize("why", HOOKS)
+def test_whatever_stands_before_a_predict_route_in_flask_is_not_bypassed(why):
+    host = flask.Flask("host")
+    mest_app, router, model = make(app=host, threads=2), Router("v1"), Doubler()
+    model.model = 2
+    router.add_predict_route(model, X)
+    if why.endswith(" "):
+        HOOKS[why](host, router)
+    mest_app.register_router("/", router)
+    if not why.endswith(" "):
+        assert "POST /predict directly" in mest.ways(host)
+        HOOKS[why](host, router)
+    (way,) = [way for way in mest.ways(host) if "/predict" in way]
+    assert way.startswith("POST /predict through Flask: ") and why.strip() in way
+    answer = over_asgi(mest_app)
+    assert answer.status == (200 if "teardown" in why else 401)
+
+
+def test_hooks_of_other_routes_leave_a_predict_route_alone():
+    mest_app = answering()
+    other = Router("other")
+    other.blueprint.before_request(protect)
+    mest_app.register_router("/other", other)
+    assert "POST /predict directly" in mest.ways(mest_app.app) and over_asgi(mest_app).status == 200
+
+
+def flask_app_of(handler, **fields):
+    mest_app, router = make(threads=2, **fields), Router("v1")
+    router.route("it", methods=["GET", "POST"], endpoint="it")(handler)
+    mest_app.register_router("/", router)
+    return mest_app
+
+
+def test_flask_gets_the_request_as_it_was_sent():
+    def seen():
+        http = flask.request
+        return {
+            "cookies": http.cookies, "path": http.path, "query": http.args, "ip": http.remote_addr, "form": http.form,
+            "files": {name: file.read().decode() for name, file in http.files.items()}, "url": http.url,
+            "headers": {name: value for name, value in http.headers.items() if name[:1] in "XP"}, "root": http.root_path,
+            "length": http.content_length, "chunked": "chunked" in http.headers.get("Transfer-Encoding", ""),
+        }
+
+    mest_app = flask_app_of(seen)
+    body = b'--b\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\nfile\r\n--b\r\nContent-Disposition: form-data; name="g"\r\n\r\n5\r\n--b--\r\n'
+    headers = [
+        ("Host", "mest.test"), ("Cookie", "a=1"), ("Cookie", "b=2"), ("X-Two", "1"), ("X-Two", "2"), ("Proxy", "evil"),
+        ("X_Two", "evil"), ("Transfer-Encoding", "chunked"), ("Content-Type", "multipart/form-data; boundary=b"),
+    ]
+    answer = json.loads(over_asgi(mest_app, "/it?q=%C3%BC", parts=[body[:50], body[50:]], headers=headers, client=None, server=("/", "t")).body)
+    assert answer == {
+        "cookies": {"a": "1", "b": "2"}, "path": "/it", "query": {"q": "ü"}, "ip": "", "form": {"g": "5"}, "files": {"f": "file"},
+        "url": "http://mest.test/it?q=ü", "headers": {"X-Two": "1,2"}, "root": "", "length": len(body), "chunked": False,
+    }
+    for url, raw, root in [("/it", b"http://mest.test/it", ""), ("/pre/it", b"/pre/it", "/pre")]:
+        answer = json.loads(over_asgi(mest_app, url, "GET", [b""], raw_path=raw, root_path=root).body)
+        assert (answer["path"], answer["root"]) == ("/it", root)
+
+
+def test_a_path_that_is_not_utf_8_arrives_as_it_was_sent():
+    mest_app, router = make(threads=2), Router("v1")
+    router.route("<name>", "GET")(lambda name: flask.request.environ["PATH_INFO"].encode("latin-1").hex())
+    mest_app.register_router("/", router)
+    assert bytes.fromhex(over_asgi(mest_app, "/a%ff%20b", "GET", [b""]).body.decode()) == b"/a\xff b"
+
+
+def test_flask_answers_with_cookies_redirects_files_and_nothing(tmp_path):
+    (tmp_path / "f").write_bytes(b"0123456789")
+    answers = {
+        "cookies": lambda: flask.Response("a", headers=[("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")]),
+        "redirect": lambda: flask.redirect("/there"),
+        "file": lambda: flask.send_file(tmp_path / "f", conditional=True), "nothing": lambda: ("", 204),
+        "status": lambda: flask.Response("odd", status="299"), "latin": lambda: flask.Response("x", headers={"X-Name": "é"}),
+    }
+    mest_app = flask_app_of(lambda: answers[flask.request.args["a"]]())
+    got = {name: over_asgi(mest_app, f"/it?a={name}", "GET", [b""]) for name in answers}
+    assert [value for name, value in got["cookies"].raw if name == b"set-cookie"] == [b"a=1", b"b=2"]
+    assert (got["redirect"].status, got["redirect"].headers["location"]) == (302, "/there")
+    assert (got["file"].status, got["file"].body) == (200, b"0123456789") and got["nothing"].status == 204
+    assert got["status"].status == 299 and got["latin"].headers["x-name"] == "é"
+    part = over_asgi(mest_app, "/it?a=file", "GET", [b""], headers={"Range": "bytes=2-4"})
+    assert (part.status, part.body) == (206, b"234")
+    assert over_asgi(mest_app, "/it?a=file", "HEAD", [b""]).body == b""
+
+
+def test_a_stream_is_sent_as_it_is_produced_and_closed_at_its_end():
+    go_on, closed = threading.Event(), threading.Event()
+
+    def produce():
+        try:
+            yield "first"
+            assert go_on.wait(PATIENCE)
+            yield "second"
+        finally:
+            closed.set()
+
+    mest_app = flask_app_of(produce)
+    arrived = []
+
+    async def ask():
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False} if not arrived else await asyncio.Event().wait()
+
+        async def send(message):
+            arrived.append(message)
+            if message.get("body") == b"first":
+                go_on.set()
+
+        scope = {"type": "http", "http_version": "1.1", "method": "GET", "path": "/it", "query_string": b"", "headers": []}
+        await mest_app(scope, receive, send)
+
+    asyncio.run(ask())
+    assert [message.get("body") for message in arrived] == [None, b"first", b"second", b""] and closed.is_set()
+
+
+def test_a_stream_ends_when_its_client_leaves():
+    leave, closed = threading.Event(), threading.Event()
+
+    def produce():
+        try:
+            for _ in range(100_000):
+                yield b"more"
+                leave.set()
+        finally:
+            closed.set()
+
+    assert over_asgi(flask_app_of(produce), "/it", "GET", [b""], leave=leave).sent[-1]["more_body"]
+    assert closed.wait(PATIENCE)
+
+
+def test_a_stream_that_fails_is_logged_and_cut_short(capsys):
+    def produce():
+        yield b"first"
+        raise KeyError("hunter2")
+
+    answer = over_asgi(flask_app_of(produce), "/it", "GET", [b""])
+    assert answer.body == b"first" and answer.sent[-1]["more_body"]
+    (line,) = [line for line in log_of(capsys) if "stream" in line["message"]]
+    assert line["message"].startswith("the stream of /it failed: KeyError") and "hunter2" in line["traceback"]
+
+
+@pytest.mark.parametrize("size", [1, 32])
+def test_who_leaves_is_not_computed_and_nothing_is_logged(size, capsys):
+    model = Stuck(max_batch_size=size)
+    mest_app, router, leave = make(threads=2, models=[model]), Router("v1"), threading.Event()
+    model._initialised = True
+    router.add_predict_route(model, X)
+    mest_app.register_router("/", router)
+    with model.busy():
+        leave.set()
+        assert over_asgi(mest_app, parts=[b'{"x": 7}'], leave=leave) is None
+    assert model.predict(x=3) == 9 and model.batches == [[1], [3]]
+    until(lambda: model._turns.waiting == 0)
+    assert not [line for line in log_of(capsys) if line["level"] == "ERROR"]
+
+
+@pytest.mark.parametrize("size", [1, 32])
+def test_over_asgi_too_late_is_504_and_too_many_is_503_and_what_runs_keeps_its_place(size):
+    model = Stuck(max_batch_size=size)
+    mest_app, router = make(threads=2, models=[model], request_timeout=1, max_queued_requests=2), Router("v1")
+    model._initialised = True
+    router.add_predict_route(model, X)
+    mest_app.register_router("/", router)
+    with model.busy():
+        assert (late := over_asgi(mest_app)).status == 504 and b"did not answer in time" in late.body
+        assert model._turns.waiting == 2  # the one that runs, and the one that is still in the queue
+        assert (busy := over_asgi(mest_app)).status == 503 and busy.headers["retry-after"] == "1"
+    until(lambda: model._turns.waiting == 0)
+    assert over_asgi(mest_app).body == b"9\n" and model.batches == [[1], [3]]
+
+
+def test_a_body_that_does_not_come_is_408():
+    answer = over_asgi(answering(request_body_timeout=1), parts=[b"{"], whole=False)
+    assert answer.status == 408 and b"The body did not come in time." in answer.body
+
+
+def test_a_length_of_any_size_is_413():
+    for digits in (9, 30, 5000):
+        assert over_asgi(answering(), headers={"Content-Length": "9" * digits}).status == 413
+
+
+def test_requests_at_once_fill_batches_over_asgi():
+    model = Batched()
+    mest_app, router = make(models=[model]), Router("v1")
+    model._initialised = True
+    router.add_predict_route(model, X)
+    mest_app.register_router("/", router)
+    body = [{"type": "http.request", "body": b'{"x": %d}' % x} for x in range(64)]
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": [(b"content-type", b"application/json")]}
+
+    async def ask(x):
+        sent = []
+        receive, send = iter([body[x]]), sent.append
+
+        async def once():
+            return next(receive)
+
+        async def keep(message):
+            send(message)
+
+        await mest_app(scope, once, keep)
+        return sent[1]["body"]
+
+    async def all_at_once():
+        return await asyncio.gather(*map(ask, range(64)))
+
+    assert asyncio.run(all_at_once()) == [b"%d\n" % (x * x) for x in range(64)]
+    assert len(model.batches) < 16
+
+
+def test_the_lifespan_loads_the_models_or_says_why_it_cannot():
+    class Broken(Doubler):
+        def init(self, directory_path):
+            raise OSError("no weights")
+
+    async def live(mest_app):
+        sent, events = [], iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+
+        async def receive():
+            return next(events)
+
+        async def send(message):
+            sent.append(message)
+
+        await mest_app({"type": "lifespan"}, receive, send)
+        return sent
+
+    model = Doubler()
+    sent = asyncio.run(live(make(models=[model])))
+    assert [m["type"] for m in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"] and model.is_loaded
+    (failed,) = asyncio.run(live(make(models=[Broken()])))
+    assert failed["type"] == "lifespan.startup.failed" and "mest: model Broken could not be loaded: OSError: no weights" in failed["message"]
+
+
 # Application
 
 
@@ -1939,23 +2386,375 @@ def test_a_model_that_cannot_be_loaded_ends_gunicorn(project, workers, failure, 
     assert failure in done.stderr and "mest.py" not in done.stderr
 
 
-def test_gunicorn_stops_cleanly_and_pings_say_so_meanwhile(project):
-    project.write(app=APP.replace("def fail():", "def fail():\n    import time; time.sleep(1); return 'late'"))
-    with project.serve("run", "gunicorn") as server:
-        server.ask("/ping")
-        keep = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
-        keep.request("GET", "/ping")
-        keep.getresponse().read()
-        late = []
-        thread = threading.Thread(target=lambda: late.append(server.ask("/fail")))
-        thread.start()
-        keep.request("GET", "/ping")
-        keep.getresponse().read()
+SLOW = """
+import os, sys, threading, time
+from mest import GenericModel, Mest, MestConfig, Router
+
+class Slow(GenericModel):
+    max_batch_size = 4
+
+    def init(self, directory_path):
+        self.model = os.getpid()
+
+    def infer_batch(self, payloads):
+        print("batch", sorted(payload["x"] for payload in payloads), flush=True)
+        time.sleep(max(payload["seconds"] for payload in payloads))
+        return [{"x": payload["x"], "pid": self.model} for payload in payloads]
+
+slow = Slow()
+mest_app = Mest(MestConfig("slow", models_instances=[slow])).setup()
+router = Router("v1")
+mest_app.register_router("/", router)
+router.add_predict_route(slow, {"x": {"type": "float"}, "seconds": {"type": "float", "default": 0.0}})
+router.add_ping_route()
+"""
+
+
+@pytest.fixture
+def slow(project):
+    """A function that serves SLOW with such options and settings."""
+    project.write(app=SLOW)
+    return lambda *args, **env: project.serve("run", "gunicorn", *args, **{"MEST_DRAIN_SECONDS": "1", **env})
+
+
+class Load(contextlib.AbstractContextManager):
+    """Clients that ask servers again and again; what came of it is kept."""
+
+    def __init__(self, choose, clients=4):
+        self.choose, self.over = choose, threading.Event()
+        self.answers, self.failures = [], []
+        self.threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+
+    def _ask(self):
+        while not self.over.is_set():
+            server = self.choose()
+            try:
+                status, body, _ = server.ask("/predict", {"x": 1})
+                (self.answers if status == 200 else self.failures).append(json.loads(body))
+            except (OSError, http.client.HTTPException) as error:
+                self.failures.append(error)
+
+    def __enter__(self):
+        [thread.start() for thread in self.threads]
+        self.go_on()
+        return self
+
+    def go_on(self, answers=20):
+        target = len(self.answers) + answers
+        until(lambda: len(self.answers) >= target)
+
+    def __exit__(self, *error):
+        self.over.set()
+        [thread.join(PATIENCE) for thread in self.threads]
+
+
+@contextlib.contextmanager
+def idle(server, count, path="/livez"):
+    """Connections that have been used, and are kept open."""
+    connections = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE) for _ in range(count)]
+    for connection in connections:
+        connection.request("GET", path)
+        connection.getresponse().read()
+    yield connections
+    for connection in connections:
+        connection.close()
+
+
+def later(function, *args):
+    """Call a function in a thread; the result is a function that waits for what it returns."""
+    with contextlib.ExitStack():
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+        future = pool.submit(function, *args)
+        pool.shutdown(wait=False)
+    return lambda: future.result(PATIENCE)
+
+
+def test_the_first_sigterm_makes_it_unready_and_the_end_comes_after_the_drain(slow):
+    with slow() as server, idle(server, 50):
+        answer = later(server.ask, "/predict", {"x": 5, "seconds": 3})
+        server.wait_for(r"batch .5\b")
+        began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
-        thread.join()
+        server.wait_for("stops in 1 s, and is not ready from now on")
+        for path in ("/readyz", "/ping"):
+            status, body, headers = server.ask(path)
+            assert (status, json.loads(body)["detail"], headers["Connection"]) == (503, "slow is shutting down.", "close")
+        assert server.ask("/livez")[0] == 200
+        assert answer()[0] == 200 and time.monotonic() - began >= 1
         assert server.process.wait(PATIENCE) == 0
-        assert late[0][:2] == (200, b"late")
-        keep.close()
+        assert time.monotonic() - began < 1 + 3 + 3  # the drain, the request, and what is promised
+        assert "rror" not in server.output
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_signal_stops_at_once_but_not_what_is_in_progress(slow, second):
+    with slow(MEST_DRAIN_SECONDS="600") as server, idle(server, 50):
+        answer = later(server.ask, "/predict", {"x": 5, "seconds": 1})
+        server.wait_for(r"batch .5\b")
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("stops in 600 s")
+        began = time.monotonic()
+        os.killpg(server.process.pid, second) if second == signal.SIGINT else server.process.send_signal(second)
+        assert answer()[0] == 200 and server.process.wait(PATIENCE) == 0
+        assert time.monotonic() - began < 3 + 1
+
+
+def test_a_rolling_restart_of_two_instances_loses_no_request(slow):
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(slow()) for _ in range(2)]
+        ready, over = list(servers), threading.Event()
+
+        def check():  # what a balancer does
+            while not over.wait(0.05):
+                for server in servers:
+                    is_ready = False
+                    with contextlib.suppress(OSError, http.client.HTTPException):
+                        is_ready = server.ask("/readyz")[0] == 200
+                    if is_ready != (server in ready):
+                        (ready.append if is_ready else ready.remove)(server)
+
+        checks = threading.Thread(target=check)
+        checks.start()
+        with Load(lambda: random.choice(ready)) as load:
+            for old in servers[:]:
+                old.process.send_signal(signal.SIGTERM)
+                assert old.process.wait(PATIENCE) == 0
+                servers.append(new := stack.enter_context(slow()))
+                until(lambda: new in ready)
+                load.go_on()
+        over.set(), checks.join(PATIENCE)
+        assert load.failures == [] and len({answer["pid"] for answer in load.answers}) == 4
+
+
+def metric(server, name):
+    """The sum of a metric's samples."""
+    _, text, _ = server.ask("/metrics")
+    return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text.decode(), re.M))
+
+
+def test_a_killed_worker_loses_what_was_in_it_a_reload_nothing_and_the_metrics_no_count(slow, project):
+    with slow("--workers", "2") as server:
+        until(lambda: metric(server, "mest_workers_ready") == 2)
+        with Load(lambda: server) as load:
+            victim = load.answers[-1]["pid"]
+            os.kill(victim, signal.SIGKILL)
+            until(lambda: metric(server, "mest_workers_started_total") == 3)
+            load.go_on()
+        assert len(load.failures) <= 4
+        counted = metric(server, 'mest_requests_total{route="/predict",method="POST",status="200"}')
+        assert len(load.answers) <= counted <= len(load.answers) + 4
+        before = {answer["pid"] for answer in load.answers}
+        with Load(lambda: server) as load:
+            server.process.send_signal(signal.SIGHUP)
+            until(lambda: load.answers[-1]["pid"] not in before and metric(server, "mest_workers_started_total") == 5)
+            until(lambda: metric(server, "mest_workers_ready") == 2)
+            load.go_on(50)
+        assert load.failures == []
+        assert metric(server, 'mest_requests_total{route="/predict",method="POST",status="200"}') == counted + len(load.answers)
+        assert metric(server, "mest_queue_length") == 0 and metric(server, "mest_requests_in_progress") == 1
+
+
+def test_a_reload_that_fails_leaves_the_old_workers(project):
+    project.write(app=APP.replace("self.model = 2", "self.model = open('weights') and 2"))
+    (project.path / "weights").touch()
+    with project.serve("run", "gunicorn") as server:
+        (project.path / "weights").unlink()
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("mest: model Doubler could not be loaded: FileNotFoundError")
+        server.wait_for("a new worker could not start; the others go on")
+        assert server.ask("/predict", {"x": 3})[0] == 200
+        (project.path / "weights").touch()
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: metric(server, "mest_workers_started_total") == 3)
+        assert server.ask("/predict", {"x": 3})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "init, env, message",
+    [
+        ("import os; os.kill(os.getpid(), 9)", {}, "was sent SIGKILL! Perhaps out of memory"),
+        ("import os; os._exit(0)", {}, "a worker could not start"),
+        ("import time; time.sleep(600)", {"MEST_STARTUP_TIMEOUT": "1"}, "mest: the models did not load in 1 s"),
+    ],
+)
+def test_a_worker_that_dies_or_hangs_while_it_loads_ends_gunicorn(project, init, env, message):
+    project.write(app=APP.replace("self.model = 2", init))
+    done = project.mest("run", "gunicorn", "--port", "0", **env)
+    assert done.returncode == 1 and message in done.stderr + done.stdout
+    if env:
+        assert re.search(r'File ".*app.py", line \d+ in init', done.stderr)  # where it hangs
+        done = project.mest("run", "gunicorn", "--port", "0", "--preload", **env)
+        assert done.returncode == 1 and re.search(r'File ".*app.py", line \d+ in init', done.stderr)
+
+
+def test_a_model_that_fails_for_its_example_ends_gunicorn(project):
+    project.write(app=APP.replace("return {\"y\"", "x / 0; return {\"y\""))
+    done = project.mest("run", "gunicorn", "--port", "0")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "mest: model Doubler fails for the example of /predict: ZeroDivisionError: division by zero"
+    assert "x / 0" in done.stderr and "mest.py" not in done.stderr
+
+
+def test_stalled_clients_delay_nobody_and_are_closed(slow):
+    with slow(MEST_HEADER_TIMEOUT="2", MEST_REQUEST_BODY_TIMEOUT="2") as server, contextlib.ExitStack() as stack:
+        head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        stalled = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)) for _ in range(200)]
+        for number, client in enumerate(stalled):
+            client.sendall(head + b"Content-Length: 9\r\n\r\n{" if number % 2 else head)
+        until(lambda: metric(server, "mest_requests_in_progress") == 101)
+        began = time.monotonic()
+        for _ in range(20):
+            assert server.ask("/livez")[0] == server.ask("/predict", {"x": 1})[0] == 200
+        assert time.monotonic() - began < 2
+        (used,) = stack.enter_context(idle(server, 1))
+        used = used.sock
+        used.sendall(head)  # the headers of a later request
+        for number, client in enumerate([*stalled, used]):
+            received = client.recv(65536)
+            assert received.startswith(b"HTTP/1.1 408") and b"did not come in time" in received if number % 2 else received == b""
+
+
+def test_connections_are_limited_and_a_flood_of_requests_does_not_fill_the_memory(slow):
+    with slow(MEST_MAX_CONNECTIONS="3") as server:
+        pid = json.loads(server.ask("/predict", {"x": 1})[1])["pid"]
+        with idle(server, 3):
+            assert server.ask("/livez")[0] == 503
+        until(lambda: server.ask("/livez")[0] == 200)
+        resident = lambda: int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1)) / 1024  # MB
+        before = resident()
+        with socket.create_connection(("127.0.0.1", server.port)) as flood:
+            flood.setblocking(False)
+            many, end, sent = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n" * 2000, time.monotonic() + 1, 0
+            while time.monotonic() < end:  # and no answer is read
+                with contextlib.suppress(BlockingIOError):
+                    sent += flood.send(many)
+        assert sent > 100_000 and resident() < before + 20
+        until(lambda: server.ask("/livez")[0] == 200)
+
+
+def test_too_many_requests_are_refused_at_once_and_late_ones_are_not_computed(slow):
+    with slow(MEST_MAX_QUEUED_REQUESTS="6", MEST_REQUEST_TIMEOUT="2") as server:
+        held = [later(server.ask, "/predict", {"x": 0, "seconds": 3})]
+        server.wait_for(r"batch .0\b")
+        held += [later(server.ask, "/predict", {"x": x}) for x in range(1, 12)]
+        statuses = sorted(answer()[0] for answer in held)
+        assert statuses == [503] * 6 + [504] * 6
+        until(lambda: metric(server, "mest_queue_length") == 0)
+        assert server.ask("/predict", {"x": 99})[0] == 200
+        assert server.output.count("batch") == 2
+
+
+def test_a_client_that_leaves_is_forgotten(slow):
+    with slow() as server:
+        held = later(server.ask, "/predict", {"x": 0, "seconds": 1})
+        server.wait_for(r"batch .0\b")
+        gone = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(3)]
+        for connection in gone:
+            connection.request("POST", "/predict", b'{"x": 7}', JSON)
+        until(lambda: metric(server, "mest_queue_length") == 4)
+        [connection.close() for connection in gone]
+        assert held()[0] == 200 and server.ask("/predict", {"x": 1})[0] == 200
+        assert "batch [1]" in server.output.splitlines()[-1] and "7" not in re.findall("batch (.*)", server.output)
+        assert "rror" not in server.output
+
+
+def test_a_worker_whose_model_is_stuck_says_so_and_is_replaced(slow):
+    with slow("--", "--timeout", "2", MEST_LIVENESS_TIMEOUT="1", MEST_REQUEST_TIMEOUT="1") as server:
+        pid = json.loads(server.ask("/predict", {"x": 1})[1])["pid"]
+        assert server.ask("/predict", {"x": 2, "seconds": 600})[0] == 504
+        until(lambda: server.ask("/livez")[0] == 503)
+        assert b"The model Slow has been in one call for more than 1 s." in server.ask("/livez")[1]
+        server.wait_for("WORKER TIMEOUT")
+        until(lambda: metric(server, "mest_workers_started_total") == 2)
+        assert json.loads(server.ask("/predict", {"x": 1})[1])["pid"] != pid
+
+
+def test_preloaded_models_share_their_memory(project):
+    project.write(app=APP.replace("self.model = 2", "self.model, self.big = 2, b'x' * 100_000_000"))
+
+    def proportional(*options):
+        with project.serve("run", "gunicorn", "--workers", "2", *options) as server:
+            until(lambda: metric(server, "mest_workers_ready") == 2)
+            assert server.ask("/predict", {"x": 1})[0] == 200
+            master = server.process.pid
+            pids = [master, *Path(f"/proc/{master}/task/{master}/children").read_text().split()]
+            rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+            return sum(int(re.search(r"^Pss: +(\d+)", text, re.M).group(1)) for text in rollups) / 1000  # MB
+
+    assert proportional() > 200 > 160 > proportional("--preload")
+
+
+def test_preload_is_refused_with_cuda_and_warns_of_threads(project):
+    project.write(app=APP, torch="class cuda:\n    is_initialized = staticmethod(lambda: True)\n")
+    project.write(app="import torch\n" + APP)
+    done = project.mest("run", "gunicorn", "--port", "0", "--preload")
+    assert done.returncode == 1 and "mest: CUDA has been initialised, and does not survive the fork of --preload" in done.stderr
+    project.write(app="import threading\nthreading.Thread(target=threading.Event().wait, name='mine', daemon=True).start()\n" + APP)
+    with project.serve("run", "gunicorn", "--preload") as server:
+        assert "these threads will not run in the workers that --preload forks: mine" in server.output
+
+
+def test_linear_algebra_gets_the_cpus_of_its_worker(project):
+    project.write(app="import os\nprint('threads', os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'])\n" + APP)
+    show, cpus = ("--", "--check-config"), mest.available_cpus()
+    for args, env, shown in [
+        (["--workers", "1"], {"OMP_NUM_THREADS": "77"}, f"threads 77 {cpus}"), (["--workers", "1"], {}, f"threads {cpus} {cpus}"),
+        (["--workers", "auto"], {}, "threads 1 1"), ([], {"MEST_WORKERS": "99"}, "threads 1 1"),
+    ]:
+        assert shown in project.mest("run", "gunicorn", *args, *show, **env).stdout.splitlines()
+    project.write(app=APP.replace("8000,", "8000, workers=99,"))
+    done = project.mest("run", "gunicorn", *show)
+    assert "the CPUs were shared out to 1 workers before the application told of 99; use --workers" in done.stdout
+
+
+def test_one_line_at_the_start_tells_what_is_served_and_how(project):
+    project.write(app=APP)
+    with project.serve("run", "gunicorn", "--workers", "2", "--threads", "3", "--host", "127.0.0.1") as server:
+        until(lambda: metric(server, "mest_workers_ready") == 2)
+        lines = [json.loads(line)["message"] for line in server.output.splitlines() if "serves on" in line]
+        assert len(lines) == 1
+        assert re.fullmatch(
+            r"serves on http://127.0.0.1:\d+, 2 workers of 3 threads; model Doubler \(0.\d\d\d s\); GET /livez directly; "
+            r"GET /readyz directly; GET /metrics directly; POST /predict directly; "
+            r"GET /ping through Flask: it has a handler of its own; .*", lines[0],
+        )
+
+
+@pytest.mark.parametrize("options", [(), ("--", "-k", "gthread")])
+def test_the_access_log_has_a_line_for_each_request_that_nobody_can_forge(project, options):
+    project.write(app=APP)
+    with project.serve("run", "gunicorn", "--access-log", *options) as server:
+        server.ask("/predict?x=5678", {"x": 3}, headers={**JSON, "X-Request-Id": "r1"})
+        server.ask("/a%0A%7B%22status%22:200%7D%1b", headers={"X-Request-Id": "r2"})
+        server.wait_for('"r2"')
+        lines = [json.loads(line) for line in server.output.splitlines() if '"answered"' in line]
+    (first, second) = [{k: v for k, v in line.items() if k not in ("time", "level", "logger", "milliseconds")} for line in lines]
+    assert first == {"message": "answered", "request_id": "r1", "method": "POST", "path": "/predict", "status": 200}
+    assert second["path"] == '/a\n{"status":200}\x1b' and second["status"] == 404
+    assert 0 < lines[0]["milliseconds"] < 10_000 and "5678" not in server.output
+
+
+def test_a_unix_socket_serves_too(project, tmp_path):
+    project.write(app=APP)
+    path = str(tmp_path / "s")
+    with project.serve("run", "gunicorn", "--", "-b", f"unix:{path}", port=(), listens=r"serves on unix:") as server:
+        for url in (b"/ping", b"/readyz"):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(path)
+                client.sendall(b"GET " + url + b" HTTP/1.0\r\n\r\n")
+                assert client.recv(1000).startswith(b"HTTP/1.0 200") or client.recv(1) is None
+
+
+def test_gunicorn_has_all_that_the_worker_overrides_and_without_it_serves_plainly(project):
+    from gunicorn.asgi.protocol import ASGIProtocol
+    from gunicorn.workers.gasgi import ASGIWorker
+
+    assert mest.missing_in(ASGIProtocol, ASGIWorker) == []
+    less = "import gunicorn.asgi.protocol as p\ndel p.ASGIProtocol._keepalive_timeout\n"
+    project.write(app=less + APP)
+    with project.serve("run", "gunicorn") as server:
+        assert server.output.count("this gunicorn has no ASGIProtocol._keepalive_timeout: slow clients") == 1
+        assert server.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
 
 
 # Command line
