@@ -58,12 +58,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError  # its own before Python 3.11
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from datetime import datetime, timezone
 from io import BytesIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes
 
@@ -73,9 +73,10 @@ from cerberus.errors import FORBIDDEN_VALUE, SEQUENCE_SCHEMA, UNALLOWED_VALUE
 from flask import current_app, request
 from flask.blueprints import BlueprintSetupState
 from flask.json.provider import DefaultJSONProvider
+from flask.sessions import SecureCookieSessionInterface
 from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import HTTPException
-from werkzeug.routing import Rule
+from werkzeug.routing import Map, Rule
 from werkzeug.serving import is_running_from_reloader, run_simple
 from werkzeug.wsgi import get_input_stream
 
@@ -118,6 +119,9 @@ class Problem(MestError, HTTPException):
         return [("Content-Type", "application/problem+json"), *self.headers.items()]
 
 
+FAILED = "The service failed. Its log says why, under this request_id."
+
+
 def as_problem(error: BaseException, service: Any, asked: str) -> HTTPException:
     """Return the answer to any exception: the one place where errors become answers.
 
@@ -128,7 +132,7 @@ def as_problem(error: BaseException, service: Any, asked: str) -> HTTPException:
     if not isinstance(error, HTTPException):
         service.logger.error("%s failed: %r", asked, error, exc_info=error)
         flask.got_request_exception.send(service.app, exception=error)
-        return Problem(500, "The service failed. Its log says why, under this request_id.")
+        return Problem(500, FAILED)
     if isinstance(error, Problem) or error.response is not None or (error.code or 0) < 400:
         return error
     headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
@@ -1039,7 +1043,7 @@ class GenericModel:
     #: How many threads may be in `infer` or `infer_batch` at once.
     max_concurrency = 1
     _initialised = False
-    _metrics: Metrics | None = None
+    _metrics: tuple[Metrics, str] | None = None  # with the model's label
     _limits = MestConfig.FIELDS["max_queued_requests"][0], MestConfig.FIELDS["request_timeout"][0]
 
     @property
@@ -1109,7 +1113,7 @@ def results_of(model: GenericModel, payloads: list) -> list:
             return results
         what = f"a {kind} with {len(results)} results for {len(payloads)} payloads"
         raise MestError(f"infer_batch of {type(model).__name__} returned {what}")
-    except Exception as error:
+    except BaseException as error:  # sys.exit is no reason to end anything but the request
         if len(payloads) == 1 or isinstance(error, MemoryError):
             return [error] * len(payloads)
     return [results_of(model, [payload])[0] for payload in payloads]
@@ -1118,7 +1122,9 @@ def results_of(model: GenericModel, payloads: list) -> list:
 def raised(outcome: Any) -> Any:
     """Return an outcome if it is a result, and raise it if it is an exception."""
     if isinstance(outcome, BaseException):
-        raise outcome if isinstance(outcome, Exception) else RuntimeError(repr(outcome))
+        if not isinstance(outcome, Exception):  # it would end more than the request
+            raise RuntimeError(repr(outcome)) from outcome
+        raise outcome
     return outcome
 
 
@@ -1141,7 +1147,7 @@ class Turns:
     def __init__(self, model: GenericModel):
         batches = type(model).infer_batch is not GenericModel.infer_batch
         self.batching = batches and model.max_batch_size > 1
-        self.model, self.queue, self.name = model, SimpleQueue(), type(model).__name__
+        self.model, self.queue = model, SimpleQueue()
         #: How many requests are in the queue or in the model.
         self.waiting = 0
         #: The threads, and since when each has been in the model, by time.monotonic(), or 0.
@@ -1170,6 +1176,8 @@ class Turns:
         """
         with self.lock:
             if self.waiting >= self.model._limits[0]:
+                self.forget()
+            if self.waiting >= self.model._limits[0]:
                 raise Problem(503, "Too many requests wait.", headers={"Retry-After": "1"})
             if self.waiting >= len(self.busy_since) < self.model.max_concurrency:
                 thread = threading.Thread(target=self.serve, daemon=True)
@@ -1182,12 +1190,24 @@ class Turns:
             self.count(1)
             self.queue.put((payload, future, give, request_id()))
 
+    def forget(self) -> None:
+        """Remove from the queue what nobody waits for any longer."""
+        entries = []
+        with contextlib.suppress(Empty):
+            while True:
+                entries.append(self.queue.get_nowait())
+        live = [entry for entry in entries if not entry[1].cancelled()]
+        for entry in live:
+            self.queue.put(entry)
+        self.count(len(live) - len(entries))
+
     def count(self, change: int) -> None:
         """Note that there are more or fewer requests."""
         with self.lock:
             self.waiting += change
             if self.model._metrics:
-                self.model._metrics.set(self.waiting, "mest_queue_length", self.name)
+                metrics, label = self.model._metrics
+                metrics.set(self.waiting, "mest_queue_length", label)
 
     def busy_for(self) -> float:
         """Return for how many seconds the model has been in its longest call by now."""
@@ -1195,51 +1215,39 @@ class Turns:
         return time.monotonic() - min(since) if since else 0.0
 
     def serve(self) -> None:
-        """Carry out batches, in a thread, until the model ends it: by sys.exit, for one."""
-        me = threading.current_thread()
-        batch: list[tuple] = []
-        crowd = 1
-        try:
-            while True:
-                batch = []
-                self.fill(batch, crowd)
-                live = [entry for entry in batch if not entry[1].cancelled()]
-                self.busy_since[me] = began = time.monotonic()
-                outcomes = self.carry_out(live) if live else []
-                self.busy_since[me] = 0.0
-                behind = self.queue.qsize()
-                crowd = len(batch) + behind
-                self.count(-len(batch))
-                soon = behind > 0 and time.monotonic() - began < 0.001
-                for left, (_, _, give, _), outcome in zip(range(len(live))[::-1], live, outcomes):
-                    with contextlib.suppress(InvalidStateError):  # nobody waits any longer
-                        give(outcome, left > 0 or soon)
-        except BaseException as error:
-            with self.lock:
-                self.busy_since.pop(me)
-                while not self.busy_since and not self.queue.empty():
-                    batch.append(self.queue.get())
+        """Carry out batches, in a thread."""
+        me, crowd = threading.current_thread(), 1
+        while True:
+            batch = self.next_batch(crowd)
+            live = [entry for entry in batch if not entry[1].cancelled()]
+            self.busy_since[me] = began = time.monotonic()
+            outcomes = self.carry_out(live) if live else []
+            self.busy_since[me] = 0.0
+            behind = self.queue.qsize()
+            crowd = len(batch) + behind
             self.count(-len(batch))
-            ended = MestError(f"the thread of {self.name} has ended: {error!r}")
-            for _, _, give, _ in batch:
-                with contextlib.suppress(InvalidStateError):
-                    give(ended, False)
+            soon = behind > 0 and time.monotonic() - began < 0.001
+            for left, (_, _, give, _), outcome in zip(range(len(live))[::-1], live, outcomes):
+                with contextlib.suppress(InvalidStateError):  # nobody waits any longer
+                    give(outcome, left > 0 or soon)
 
-    def fill(self, batch: list[tuple], crowd: int) -> None:
-        """Put into a batch what is queued, after a wait for so many."""
-        batch.append(self.queue.get())
+    def next_batch(self, crowd: int) -> list[tuple]:
+        """Return what is queued, after a wait for so many."""
+        batch = [self.queue.get()]
         most = self.model.max_batch_size if self.batching else 1
         deadline = time.monotonic() + self.model.batch_timeout
         with contextlib.suppress(Empty):
             while len(batch) < most:
                 left = max(0.0, deadline - time.monotonic())
                 batch.append(self.queue.get(len(batch) < crowd, left))
+        return batch
 
     def carry_out(self, batch: list[tuple]) -> list:
         """Return the outcomes of a batch; what is logged meanwhile has the id of a lone request."""
         REQUEST_ID.set(batch[0][3] if len(batch) == 1 else None)
         if self.batching and self.model._metrics:
-            self.model._metrics.observe(len(batch), "mest_batch_size", self.name)
+            metrics, label = self.model._metrics
+            metrics.observe(len(batch), "mest_batch_size", label)
         return self.outcomes([payload for payload, _, _, _ in batch])
 
     def outcomes(self, payloads: list) -> list:
@@ -1248,7 +1256,7 @@ class Turns:
             return results_of(self.model, payloads)
         try:
             return [pass_on(payload, self.model.infer) for payload in payloads]
-        except Exception as error:
+        except BaseException as error:
             return [error]
 
 
@@ -1414,11 +1422,15 @@ class Prediction:
     def __call__(self, **variables: Any) -> flask.Response:
         """Answer the Flask request."""
         params = read_parameters(self.parameters, variables)
-        content, content_type = self.answer(params)
+        content, content_type = Context().run(self.answer, params, request_id())
         return flask.Response(content, content_type=content_type)
 
-    def answer(self, params: dict[str, Any]) -> tuple[bytes, str]:
-        """Return the answer to checked parameters, and its content type."""
+    def answer(self, params: dict[str, Any], known_as: str | None = None) -> tuple[bytes, str]:
+        """Return the answer to checked parameters, and its content type.
+
+        Flask's request is out of sight for the model, as it is where that is not served by Flask.
+        """
+        REQUEST_ID.set(known_as)
         self.require_model()
         return encode(self.model.predict(**params))
 
@@ -1546,7 +1558,8 @@ def _shape(url: str) -> str:
 
 def handler_of(app: flask.Flask, rule: Rule) -> Any:
     """Return the handler that a Mest router has put behind a rule, and nothing else around it."""
-    return getattr(app.view_functions.get(rule.endpoint), "__wrapped__", None)
+    view = app.view_functions.get(rule.endpoint)
+    return getattr(view, "__wrapped__", None) if isinstance(view, FunctionType) else None
 
 
 # The ASGI edge
@@ -1556,19 +1569,26 @@ LARGE = 2**16
 #: methods that Flask answers for all routes
 FLASKS = {"HEAD", "OPTIONS"}
 #: what a request passes in Flask, and what a host may have replaced
-FLASKS_WAY = (
-    "__call__", "wsgi_app", "full_dispatch_request", "preprocess_request", "dispatch_request",
-    "finalize_request", "process_response", "request_context", "do_teardown_request",
+STAGES = (
+    "__call__", "wsgi_app", "request_context", "create_url_adapter", "full_dispatch_request",
+    "preprocess_request", "dispatch_request", "finalize_request", "make_response",
+    "process_response", "handle_exception", "do_teardown_request",
 )
+SIGNALS = "request_started", "request_finished", "request_tearing_down", "got_request_exception"
 
 
 def why_through_flask(app: flask.Flask, rule: Rule) -> str:
     """Return why requests to a rule must go through Flask, or "" where they need not."""
     if not isinstance(handler_of(app, rule), (Prediction, Probe)):
         return "it has a handler of its own"
-    if app.url_map.host_matching or rule.subdomain or rule.redirect_to:
-        return "its host matters, or it redirects"
-    for name in FLASKS_WAY:
+    if app.url_map.host_matching or app.subdomain_matching or app.config.get("TRUSTED_HOSTS"):
+        return "its host matters"
+    if rule.subdomain or rule.redirect_to or app.url_map.converters != Map().converters:
+        return "its url is of a kind of its own"
+    kinds = app.request_class, app.response_class, type(app.session_interface)
+    if kinds != (flask.Request, flask.Response, SecureCookieSessionInterface):
+        return "the application has requests, responses or sessions of its own"
+    for name in STAGES:
         if getattr(getattr(app, name), "__func__", None) is not getattr(flask.Flask, name):
             return f"the application has a {name} of its own"
     names = rule.endpoint.split(".")[:-1]
@@ -1580,7 +1600,8 @@ def why_through_flask(app: flask.Flask, rule: Rule) -> str:
             return f"the {kind} hook {getattr(others[0], '__qualname__', others[0])} applies to it"
     if any(app.url_value_preprocessors.get(scope) for scope in scopes):
         return "a url_value_preprocessor applies to it"
-    return "request_started has receivers" if flask.request_started.has_receivers_for(app) else ""
+    heard = [name for name in SIGNALS if getattr(flask, name).has_receivers_for(app)]
+    return f"{heard[0]} has receivers" if heard else ""
 
 
 def ways(app: flask.Flask) -> list[str]:
@@ -1598,7 +1619,8 @@ def weight(value: Any) -> int:
     if type(value) is dict:
         return sum(map(weight, value.values()))
     if type(value) in (list, tuple):
-        return len(value) * weight(value[0]) if value else 1
+        is_flat = {int, float, bool}.issuperset(map(type, value))
+        return len(value) if is_flat else sum(map(weight, value))
     if type(value) in (str, bytes):
         return len(value) // 8
     return 1 if value is None or type(value) in (int, float, bool) else LARGE
@@ -1685,13 +1707,21 @@ class Edge:
 
     def __init__(self, mest_app: Any, loop: asyncio.AbstractEventLoop):
         self.service, self.config, self.loop = mest_app, mest_app.config, loop
-        self.threads = Calls()
-        self.threads.max_concurrency = self.config.threads
-        self.threads._limits = self.config.max_queued_requests + self.config.threads, None
+        #: threads for Flask, which clients can keep waiting, and for what is soon done
+        self.flask, self.threads = Calls(), Calls()
+        for calls in (self.flask, self.threads):
+            calls.max_concurrency = self.config.threads
+            calls._limits = self.config.max_queued_requests + self.config.threads, None
         #: outcomes on their way from other threads to the futures that wait for them here
         self.given: deque[tuple[asyncio.Future, Any]] = deque()
         self.woken, self.polls, self.awaited, self.in_progress = False, None, 0, 0
-        app = mest_app.app
+        self.held = 0  # bytes of bodies that are not complete
+        self.fixed: dict[tuple[str, str], Direct] | None = None
+
+    def open(self) -> None:
+        """Find the direct routes, when all routes and hooks have been declared."""
+        app = self.service.app
+        app._got_first_request = True  # so that Flask refuses later ones, as it does when it serves
         rules = [rule for rule in app.url_map.iter_rules() if not why_through_flask(app, rule)]
         self.direct = [Direct(rule, handler_of(app, rule)) for rule in rules]
         self.fixed = {
@@ -1705,6 +1735,8 @@ class Edge:
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] == "http":
+            if self.fixed is None:
+                self.open()
             await self.http(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self.lifespan(receive, send)
@@ -1744,15 +1776,26 @@ class Edge:
             status, (content, content_type) = 200, answer
             sent = [("content-type", content_type), ("content-length", str(len(content)))]
         except Exception as error:
-            response = as_problem(error, self.service, f"{method} {path}").get_response({})
-            status, content = response.status_code, response.get_data()
-            sent = [(name.lower(), value) for name, value in response.headers]
+            status, sent, content = self.report(error, f"{method} {path}")
         finally:
             self.count(-1)
-        sent.append(("x-request-id", REQUEST_ID.get()))
+        if not any(name == "x-request-id" for name, _ in sent):
+            sent.append(("x-request-id", REQUEST_ID.get()))
         self.service.answered(direct and direct.route, method, path, status, began)
         await self.start(send, status, sent)
         await send({"type": "http.response.body", "body": content if method != "HEAD" else b""})
+
+    def report(self, error: Exception, asked: str) -> tuple[int, list[tuple[str, str]], bytes]:
+        """Return the status, headers and body of the answer to an exception."""
+        try:
+            response = as_problem(error, self.service, asked).get_response({})
+            headers = [(name.lower(), value) for name, value in response.get_wsgi_headers({})]
+            "".join(map("".join, headers)).encode("latin-1")
+        except Exception as another:  # a Problem with what JSON or HTTP cannot express
+            self.service.logger.exception("%s failed: %r", asked, another)
+            return self.report(Problem(500, FAILED), asked)
+        has_body = "content-length" in dict(headers)
+        return response.status_code, headers, response.get_data() if has_body else b""
 
     def count(self, change: int) -> None:
         """Note that there are more or fewer requests."""
@@ -1776,14 +1819,20 @@ class Edge:
         patience.allow(self.config.request_body_timeout, *late, body_is_read=False)
         size, parts = 0, []
         more = is_short = int(length[:18]) <= self.max_body_bytes
-        while more and is_short:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Problem(*late)
-            more = message.get("more_body", False)
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            is_short = size <= self.max_body_bytes
+        try:
+            while more and is_short:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Problem(*late)
+                more = message.get("more_body", False)
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                self.held += len(parts[-1])
+                is_short = size <= self.max_body_bytes
+                if more and self.held > 16 * self.max_body_bytes:
+                    raise Problem(503, "Too many bodies are arriving.", headers={"Retry-After": "1"})
+        finally:
+            self.held -= size
         if is_short:
             return parts[0] if len(parts) == 1 else b"".join(parts)
         too_long = 413, f"The body is longer than {self.max_body_bytes} bytes."
@@ -1856,7 +1905,7 @@ class Edge:
         Waking it costs more than a small model does. What it is not woken for it finds by itself.
         """
         self.given.append((future, outcome))
-        if not more and not self.woken:
+        if not self.woken and not (more and self.polls):
             self.woken = True
             with contextlib.suppress(RuntimeError):  # it is closed
                 self.loop.call_soon_threadsafe(self.deliver)
@@ -1892,7 +1941,8 @@ class Passage:
     async def take(self) -> None:
         """Answer the request."""
         try:
-            whole = await self.edge.call(copy_context().run, self.run)
+            run = functools.partial(copy_context().run, self.run)
+            whole = await self.edge.outcome(self.edge.flask._turns, run)
         except Exception as error:
             if not self.started:
                 raise
@@ -2011,6 +2061,7 @@ class Mest:
         self._draining = mmap.mmap(-1, 1)  # a byte that processes share across forks
         self._loaded: dict[int, float] = {}  # seconds that it took, by the models' ids
         self._edge: Edge | None = None
+        self._is_warm = False
         self.share_metrics(Metrics())
         #: /livez, /readyz and /metrics. An application that Mest lives in may register it.
         self.probes = Router("mest")
@@ -2036,10 +2087,18 @@ class Mest:
     def share_metrics(self, metrics: Metrics) -> None:
         """Count there from now on, for the models too."""
         self.metrics = metrics
-        for model in self.config.models_instances:
+        for model, label in self._labelled():
             if isinstance(model, GenericModel):
                 model._limits = self.config.max_queued_requests, self.config.request_timeout
-                model._metrics = metrics
+                model._metrics = metrics, label
+
+    def _labelled(self) -> Iterator[tuple[Any, str]]:
+        """Yield each model with its class's name, and a number from the second of a class on."""
+        seen: dict[str, int] = {}
+        for model in self.config.models_instances:
+            name = type(model).__name__
+            seen[name] = seen.get(name, 0) + 1
+            yield model, name if seen[name] == 1 else f"{name}-{seen[name]}"
 
     @property
     def draining(self) -> bool:
@@ -2056,9 +2115,9 @@ class Mest:
     def livez(self) -> tuple[bytes, str]:
         """Return that the process can serve, or raise a Problem if a model has been busy too long."""
         limit = self.config.liveness_timeout
-        for model in filter(lambda model: isinstance(model, GenericModel), self.config.models_instances):
-            if limit and model._turns.busy_for() > limit:
-                stuck = f"{type(model).__name__} has been in one call for more than {limit} s"
+        for model, name in self._labelled():
+            if limit and isinstance(model, GenericModel) and model._turns.busy_for() > limit:
+                stuck = f"{name} has been in one call for more than {limit} s"
                 raise Problem(503, f"The model {stuck}.")
         return encode({"status": "alive"})
 
@@ -2101,10 +2160,10 @@ class Mest:
     def load_models(self) -> None:
         """Do what `setup` does, even while the command has deferred it."""
         directory = self.config.local_model_directory_path
-        for model in self.config.models_instances:
+        for model, name in self._labelled():
             if id(model) in self._loaded:
                 continue
-            name, started = type(model).__name__, time.perf_counter()
+            started = time.perf_counter()
             try:
                 model.init(directory)
             except (Exception, SystemExit) as error:
@@ -2125,6 +2184,9 @@ class Mest:
             MestError: a model cannot be loaded, or fails for an example.
         """
         self.load_models()
+        if self._is_warm:
+            return
+        self._is_warm = True
         for rule in self.app.url_map.iter_rules():
             prediction = handler_of(self.app, rule)
             if isinstance(prediction, Prediction) and prediction.parameters.example is not None:
@@ -2135,7 +2197,6 @@ class Mest:
                     name, what = type(prediction.model).__name__, f"{type(error).__name__}: {error}"
                     reason = f"model {name} fails for the example of {rule.rule}: {what}"
                     raise MestError(reason) from error
-        self.metrics.set(1, "mest_workers_ready")
 
     def register_router(self, url: str, router: Router) -> None:
         """Put the routes of a router, present and future ones, under an url or several in turn.
@@ -2155,7 +2216,7 @@ class Mest:
         """Log, in the first of several workers, what is served where and how."""
         if self.metrics.slot > 1:
             return
-        loaded = ((type(m).__name__, self._loaded[id(m)]) for m in self.config.models_instances)
+        loaded = ((name, self._loaded[id(model)]) for model, name in self._labelled())
         models = ", ".join(f"model {name} ({seconds:.3f} s)" for name, seconds in loaded)
         parts = [f"serves on {place} of {self.config.threads} threads", models, *ways(self.app)]
         self.logger.info("; ".join(filter(None, parts)))
@@ -2201,6 +2262,10 @@ def missing_in(*classes: type) -> list[str]:
     ]
 
 
+#: What the master sends to workers instead of SIGTERM, since nobody else does.
+DISMISS = signal.SIGUSR2
+
+
 def worker_for(mest_app: Mest) -> type:
     """Return gunicorn's class of asynchronous workers, with what it lacks."""
     from gunicorn.asgi.protocol import ASGIProtocol
@@ -2212,7 +2277,7 @@ def worker_for(mest_app: Mest) -> type:
         return ASGIWorker
 
     class Protocol(ASGIProtocol):
-        headers_due: Any = None
+        due: Any = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -2222,63 +2287,69 @@ def worker_for(mest_app: Mest) -> type:
                 self._send_error_response(503, "Too many connections.", [("Retry-After", "1")])
                 self._close_transport()
 
-        def expect_headers(self) -> None:  # gunicorn would wait for ever
-            if self._callback_parser:  # it is HTTP/1
+        def expect_headers(self) -> None:
+            if self._callback_parser and not self._closed:  # HTTP/1; gunicorn would wait for ever
                 seconds = mest_app.config.header_timeout
-                self.headers_due = self.worker.loop.call_later(seconds, self._keepalive_timeout)
+                self.due = self.worker.loop.call_later(seconds, self._keepalive_timeout)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            if self._current_request is None and not self.headers_due and not self._closed:
+            if self._current_request is None and not self.due:  # those of a later request
                 self.expect_headers()
 
         def _on_headers_complete(self) -> Any:
-            if self.headers_due:
-                self.headers_due = self.headers_due.cancel()
+            self.due = self.due and self.due.cancel()
             return super()._on_headers_complete()
 
-        def _resume_reading(self) -> None:  # gunicorn lets pipelined requests fill the memory
-            if not self._is_buffer_full():
+        def _resume_reading(self) -> None:
+            if not self._is_buffer_full():  # gunicorn lets pipelined requests fill the memory
                 super()._resume_reading()
 
         def connection_lost(self, error: Exception | None) -> None:
-            if self.headers_due:
-                self.headers_due.cancel()
+            self.due = self.due and self.due.cancel()
             self.worker.protocols.discard(self)
             super().connection_lost(error)
 
     class Worker(ASGIWorker):
+        tells_when_ready = True
+
         def _setup_event_loop(self) -> None:
             super()._setup_event_loop()
             self.protocols: set[Protocol] = set()
-            listen, new = self.loop.create_server, lambda: Protocol(self)
-            backlog = self.cfg.backlog  # asyncio would set it to 100
-            self.loop.create_server = lambda _, **rest: listen(new, backlog=backlog, **rest)
+            listen, size = self.loop.create_server, self.cfg.backlog  # asyncio makes that 100
+            self.loop.create_server = lambda _, **rest: listen(
+                lambda: Protocol(self), backlog=size, **rest
+            )
 
-        def init_signals(self) -> None:
-            for number in self.SIGNALS:  # the loop, which would see to them, does not run before
-                signal.signal(number, signal.SIG_DFL)  # the models are loaded
+        def init_signals(self) -> None:  # only the master decides when to stop, and says so by
+            for number in self.SIGNALS:  # DISMISS, even if the whole process group gets a signal
+                signal.signal(number, signal.SIG_DFL if number == DISMISS else signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {DISMISS})
 
-        def run(self) -> None:
-            super().init_signals()
-            self.loop.add_signal_handler(signal.SIGINT, self.handle_exit_signal)  # Ctrl-C is for all
+        def run(self) -> None:  # handlers in the event loop would not run before this
+            for number, handler in ((DISMISS, self.handle_exit_signal),
+                                    (signal.SIGQUIT, self.handle_quit_signal),
+                                    (signal.SIGUSR1, self.handle_usr1_signal)):
+                self.loop.add_signal_handler(number, handler)
+            signal.signal(signal.SIGABRT, signal.SIG_DFL)  # which a stuck worker gets
+            faulthandler.enable()
             super().run()
 
         def notify(self) -> None:
+            mest_app.metrics.set(1, "mest_workers_ready")
             with contextlib.suppress(Problem):
                 mest_app.livez()  # a worker whose model is stuck is replaced
                 super().notify()
 
-        async def _shutdown(self) -> None:
-            seconds = self.cfg.graceful_timeout  # the master's, who kills when they are over
-            self.cfg.set("graceful_timeout", max(1, seconds - 2))
-            self.close_idle(after=1)  # gunicorn would wait for all that are open
-            self.loop.call_later(0.5, self.close_idle, 0)
+        async def _shutdown(self) -> None:  # gunicorn would wait for idle connections, too
+            seconds = self.cfg.graceful_timeout  # after which the master kills
+            self.cfg.set("graceful_timeout", max(seconds - 2, seconds // 2))
+            self.loop.call_later(0.5, self.close_idle)  # till then they may have a request
             await super()._shutdown()
 
-        def close_idle(self, after: int) -> None:
-            for protocol in [*self.protocols]:  # one just made has half a second for its request
-                if protocol._current_request is None and protocol.req_count > after:
+        def close_idle(self) -> None:
+            for protocol in [*self.protocols]:
+                if protocol._current_request is None and protocol._callback_parser:
                     protocol._keepalive_timeout()
 
     return Worker
@@ -2303,12 +2374,18 @@ def master_for(mest_app: Mest) -> type:
         def handle_int(self) -> None:
             mest_app.draining = True
             mest_app.logger.info("stops, when the requests in progress are answered")
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # in gunicorn a second one cuts them off
             raise StopIteration  # gunicorn's word for a graceful stop
 
         def handle_hup(self) -> None:
             """Start new workers; manage_workers stops the old ones when those are ready."""
+            for pid, worker in [*self.WORKERS.items()]:
+                if not self.is_ready(worker):  # of a reload before this, perhaps
+                    self.kill_worker(pid, signal.SIGTERM)
             self.app.reload()
             self.setup(self.app)
+            self.log.reopen_files()
+            self.cfg.on_reload(self)
             for _ in range(self.num_workers):
                 self.spawn_worker()
 
@@ -2319,12 +2396,14 @@ def master_for(mest_app: Mest) -> type:
             return super().wait_for_signals(timeout=min(timeout, left))
 
         def spawn_worker(self) -> int:
-            self.app.address = ", ".join(map(str, self.LISTENERS))
-            used = {worker.slot for worker in self.WORKERS.values()}
-            slot = next(slot for slot in itertools.count(1) if slot not in used)
-            mest_app.metrics.begin(slot % mest_app.metrics.slots)
+            self.app.address = ", ".join(map(str, self.LISTENERS or self.cfg.bind))
+            used, last = {worker.slot for worker in self.WORKERS.values()}, mest_app.metrics.slots - 1
+            slot = next((slot for slot in range(1, last) if slot not in used), last)
+            mest_app.metrics.begin(slot)
             mest_app.metrics.add(1, "mest_workers_started_total")
+            signal.pthread_sigmask(signal.SIG_BLOCK, {DISMISS})  # until the child can heed it
             pid = super().spawn_worker()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {DISMISS})
             worker = self.WORKERS[pid]
             worker.slot, worker.began, worker.dismissed = slot, time.monotonic(), False
             return pid
@@ -2338,32 +2417,35 @@ def master_for(mest_app: Mest) -> type:
                 super().manage_workers()
 
         def kill_worker(self, pid: int, number: int) -> None:
-            if pid in self.WORKERS:
+            if number != signal.SIGUSR1 and pid in self.WORKERS:
                 self.WORKERS[pid].dismissed = True
-            super().kill_worker(pid, number)
+            ours = number == signal.SIGTERM and hasattr(self.worker_class, "tells_when_ready")
+            super().kill_worker(pid, DISMISS if ours else number)
 
         def murder_workers(self) -> None:
             super().murder_workers()
             limit = mest_app.config.startup_timeout
             for pid, worker in [*self.WORKERS.items()]:
-                if not self.is_ready(worker) and time.monotonic() - worker.began > limit:
-                    print(f"mest: the models did not load in {limit} s", file=sys.stderr)
-                    os.kill(pid, signal.SIGABRT)  # faulthandler shows where it is
+                if not self.is_ready(worker) and time.monotonic() - worker.began > limit + 5:
+                    os.kill(pid, signal.SIGABRT)  # it does not even notice the alarm
 
         def reap_workers(self) -> None:
-            """Go on without workers that could not start, but only if there are others enough."""
-            before = dict(self.WORKERS)
-            with contextlib.suppress(HaltServer):
+            """Go on without workers that could not start, as long as there are others."""
+            before, halt = dict(self.WORKERS), False
+            try:
                 super().reap_workers()
+            except HaltServer:
+                halt = True
             lost = [before[pid] for pid in before.keys() - self.WORKERS.keys()]
             failed = [worker for worker in lost if not self.is_ready(worker) and not worker.dismissed]
             for worker in lost:
                 mest_app.metrics.retire(worker.slot)
-            if failed and sum(map(self.is_ready, self.WORKERS.values())) < self.num_workers:
-                mest_app.logger.error("a worker could not start")
-                raise HaltServer("a worker could not start", self.WORKER_BOOT_ERROR)
-            if failed:
-                mest_app.logger.error("a new worker could not start; the others go on")
+            if failed or halt:
+                ready = sum(map(self.is_ready, self.WORKERS.values()))
+                mest_app.logger.error("a worker could not start; %d others go on", ready)
+                if not ready:
+                    raise HaltServer("no worker could start", self.WORKER_BOOT_ERROR)
+                self.num_workers = min(self.num_workers, ready)  # no endless attempts
 
     return Master
 
@@ -2378,7 +2460,7 @@ def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
     from gunicorn.glogging import Logger
     from gunicorn.workers.gasgi import ASGIWorker
 
-    config, master = mest_app.config, os.getpid()
+    config = mest_app.config
 
     class Log(Logger):
         def setup(self, cfg: Any) -> None:
@@ -2388,9 +2470,12 @@ def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
 
     class Run(BaseApplication):
         def run(self) -> None:
+            self.master = os.getpid()  # which --daemon has changed
             master_for(mest_app)(self).run()
 
     class Service(Application, Run):  # so that Application.run() ends in Run's
+        master = os.getpid()
+
         def init(self, parser: Any, opts: Any, args: list[str]) -> dict[str, Any]:
             if args:
                 parser.error(f"{args[0]} is no option; mest --app names the application")
@@ -2428,26 +2513,45 @@ def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
 
         def load(self) -> Any:
             """Load the models, in a worker, or in the master with --preload."""
+            faulthandler.enable()  # native code of models may crash
             try:
-                if os.getpid() == master:
-                    faulthandler.dump_traceback_later(config.startup_timeout, exit=True)
-                    mest_app.load_models()
-                    faulthandler.cancel_dump_traceback_later()
+                if os.getpid() == self.master:
+                    with alarm(config.startup_timeout):
+                        mest_app.load_models()
                     prepare_fork(mest_app)
-                else:
-                    faulthandler.enable()
-                    sys.setswitchinterval(0.0005)  # seconds that the model may hold up the loop
+                    return
+                with alarm(config.startup_timeout):
                     mest_app.warm_up()
-                    gc.collect()
-                    gc.freeze()  # or full collections stop the service, for 0.05 s with scikit-learn
-                    mest_app.announce(f"{self.address}, {self.cfg.workers} workers")
             except MestError as error:
                 raise AppImportError(report(error)) from None  # ends the master too
+            gc.collect()
+            gc.freeze()  # or full collections stop the service, for 0.05 s with scikit-learn
+            sys.setswitchinterval(0.0005)  # seconds that the model may hold up the loop
+            mest_app.announce(f"{self.address}, {self.cfg.workers} workers")
+            if not hasattr(self.cfg.worker_class, "tells_when_ready"):
+                mest_app.metrics.set(1, "mest_workers_ready")
             return mest_app if self.is_asgi else mest_app.app
 
     service = Service()
     mest_app.share_metrics(Metrics(slots=4 * service.cfg.workers + 64))
     return service
+
+
+@contextlib.contextmanager
+def alarm(seconds: int) -> Iterator[None]:
+    """Raise a TimeoutError in what the main thread does, if that takes longer."""
+
+    def ring(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it was not done within the startup_timeout of {seconds} s")
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    faulthandler.dump_traceback_later(seconds + 10, exit=True)  # for code that hears no alarm
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def prepare_fork(mest_app: Mest) -> None:
@@ -2463,10 +2567,24 @@ def prepare_fork(mest_app: Mest) -> None:
     gc.freeze()  # what is collected later would be copied for each worker
 
 
-def refuse_if_taken(settings: Any) -> None:
-    """Raise a MestError if nobody can listen where gunicorn is to, which would try it for long."""
+def check_settings(settings: Any) -> None:
+    """Raise a MestError about settings of gunicorn with which it would go on as if they were right.
+
+    It would try for long to listen where nobody can, and serve without TLS if the key is wrong.
+    """
+    from gunicorn.sock import ssl_context
+
+    if settings.reload:
+        raise MestError("gunicorn's --reload would not load changed code here; use mest run dev")
     try:
-        for host, port in (place for place in settings.address if isinstance(place, tuple)):
+        if settings.is_ssl:
+            ssl_context(settings)
+    except OSError as error:
+        raise MestError(f"the certfile or keyfile of gunicorn cannot be used: {error}") from None
+    inherited = {"GUNICORN_FD", "LISTEN_FDS"} & os.environ.keys()  # from a master, from systemd
+    places = [] if inherited or settings.reuse_port else settings.address
+    try:
+        for host, port in (place for place in places if isinstance(place, tuple)):
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             socket.create_server((host, port), family=family).close()
     except (OSError, OverflowError, RuntimeError) as error:
@@ -2583,9 +2701,7 @@ def run_gunicorn(args: argparse.Namespace) -> int:
     if server.cfg.workers > workers:
         text = "the CPUs were shared out to %d workers before the application told of %d; use --workers"
         mest_app.logger.warning(text, workers, server.cfg.workers)
-    inherited = {"GUNICORN_FD", "LISTEN_FDS"} & os.environ.keys()  # from a master, from systemd
-    if not inherited and not server.cfg.reuse_port:
-        refuse_if_taken(server.cfg)
+    check_settings(server.cfg)
     try:
         server.run()
     except AppImportError as error:  # with --preload
