@@ -837,6 +837,8 @@ class Parameters:
 
         Of the variables of the path those that the schema names, which are taken out of them.
         """
+        if not fields and not variables:
+            return values
         known = {name: [variables.pop(name)] for name in variables.keys() & self.schema.keys()}
         return self.from_text(fields) | values | self.from_text(known)
 
@@ -1150,6 +1152,8 @@ class Turns:
         self.model, self.queue = model, SimpleQueue()
         #: How many requests are in the queue or in the model.
         self.waiting = 0
+        #: How many a thread waits for, and what tells it that they are there.
+        self.wanted, self.enough = 0, SimpleQueue()
         #: The threads, and since when each has been in the model, by time.monotonic(), or 0.
         self.busy_since: dict[threading.Thread, float] = {}
         self.lock = threading.RLock()
@@ -1159,7 +1163,8 @@ class Turns:
         if threading.current_thread() in self.busy_since:  # the model calls itself
             return raised(self.outcomes([payload])[0])
         future: Future = Future()
-        self.submit(payload, future, lambda outcome, more: future.set_result(outcome))
+        give = lambda outcome, more: future.set_result(outcome)
+        self.submit(payload, future, give, request_id())
         try:
             return raised(future.result(self.model._limits[1]))
         except FutureTimeoutError:
@@ -1168,11 +1173,14 @@ class Turns:
             future.cancel()
             raise Problem(504, TOO_LATE) from None
 
-    def submit(self, payload: Any, future: Any, give: Callable[[Any, bool], Any]) -> None:
+    def submit(
+        self, payload: Any, future: Any, give: Callable[[Any, bool], Any], known_as: str | None
+    ) -> None:
         """Have a payload's result, or the exception instead of it, given in another thread.
 
         Unless the future, to which it is given in the end, is cancelled before its turn. The second
-        thing given is whether more will be, within a millisecond or so.
+        thing given is whether more will be, within a millisecond or so. What is logged meanwhile
+        has the request's id.
         """
         with self.lock:
             if self.waiting >= self.model._limits[0]:
@@ -1188,7 +1196,10 @@ class Turns:
                     del self.busy_since[thread]
                     raise
             self.count(1)
-            self.queue.put((payload, future, give, request_id()))
+            self.queue.put((payload, future, give, known_as))
+            if 0 < self.wanted <= self.queue.qsize():
+                self.wanted = 0
+                self.enough.put(None)
 
     def forget(self) -> None:
         """Remove from the queue what nobody waits for any longer."""
@@ -1235,12 +1246,25 @@ class Turns:
         """Return what is queued, after a wait for so many."""
         batch = [self.queue.get()]
         most = self.model.max_batch_size if self.batching else 1
-        deadline = time.monotonic() + self.model.batch_timeout
+        if min(crowd, most) > 1:
+            self.await_others(min(crowd, most) - 1)
         with contextlib.suppress(Empty):
             while len(batch) < most:
-                left = max(0.0, deadline - time.monotonic())
-                batch.append(self.queue.get(len(batch) < crowd, left))
+                batch.append(self.queue.get_nowait())
         return batch
+
+    def await_others(self, count: int) -> None:
+        """Wait until so many are queued, `batch_timeout` at most, unless another thread does that.
+
+        To wait for each of them in turn would be simpler, but each would cost a change of threads.
+        """
+        with self.lock:
+            if self.wanted or self.queue.qsize() >= count:
+                return
+            self.wanted, self.enough = count, SimpleQueue()
+        with contextlib.suppress(Empty):
+            self.enough.get(timeout=self.model.batch_timeout)
+        self.wanted = 0
 
     def carry_out(self, batch: list[tuple]) -> list:
         """Return the outcomes of a batch; what is logged meanwhile has the id of a lone request."""
@@ -1690,13 +1714,13 @@ class Direct:
     def __init__(self, rule: Rule, handler: Any):
         self.rule, self.route, self.handler = rule, rule.rule, handler
         self.is_probe = isinstance(handler, Probe)
-        self.is_staged = not self.is_probe and isinstance(handler.model, GenericModel)
-        self.is_staged = self.is_staged and not self.has_own("predict")
+        stages = "predict", "pre_process", "post_process"
+        #: the stages that the model or its class has of its own; all, if it is no GenericModel
+        self.own = set() if self.is_probe else {s for s in stages if self.has_own(handler.model, s)}
 
-    def has_own(self, stage: str) -> bool:
-        """Return whether the model, or its class, has a stage that is not GenericModel's."""
-        method = getattr(self.handler.model, stage)
-        return getattr(method, "__func__", None) is not vars(GenericModel)[stage]
+    def has_own(self, model: Any, stage: str) -> bool:
+        method = getattr(getattr(model, stage, None), "__func__", None)
+        return method is not vars(GenericModel)[stage]
 
 
 class Edge:
@@ -1715,6 +1739,7 @@ class Edge:
         #: outcomes on their way from other threads to the futures that wait for them here
         self.given: deque[tuple[asyncio.Future, Any]] = deque()
         self.woken, self.polls, self.awaited, self.in_progress = False, None, 0, 0
+        self.asked: list[tuple] = []  # what will be submitted to models
         self.held = 0  # bytes of bodies that are not complete
         self.fixed: dict[tuple[str, str], Direct] | None = None
 
@@ -1872,14 +1897,14 @@ class Edge:
     async def predict(self, direct: Direct, params: dict[str, Any]) -> tuple[bytes, str]:
         """Return the model's answer; what the user has written runs in threads."""
         handler, model = direct.handler, direct.handler.model
-        if not direct.is_staged:
+        if "predict" in direct.own:
             return await self.call(handler.answer, params)
         handler.require_model()
         payload = params
-        if direct.has_own("pre_process"):
+        if "pre_process" in direct.own:
             payload = await self.call(lambda: model.pre_process(**params))
         result = await self.outcome(model._turns, payload)
-        if direct.has_own("post_process"):
+        if "post_process" in direct.own:
             return await self.call(lambda: encode(pass_on(result, model.post_process)))
         return await self.call(encode, result) if weight(result) >= LARGE else encode(result)
 
@@ -1890,7 +1915,9 @@ class Edge:
     async def outcome(self, turns: Turns, payload: Any) -> Any:
         """Return the model's result for a payload."""
         future = self.loop.create_future()
-        turns.submit(payload, future, functools.partial(self.give, future))
+        self.asked.append((turns, payload, future, REQUEST_ID.get()))
+        if len(self.asked) == 1:
+            self.loop.call_soon(self.ask)
         self.awaited += 1
         if self.awaited > 1 and not self.polls:
             self.polls = self.loop.call_later(0.002, self.poll)
@@ -1898,6 +1925,16 @@ class Edge:
             return raised(await future)
         finally:
             self.awaited -= 1
+
+    def ask(self) -> None:
+        """Submit what has been asked for in one round of the loop: fewer changes of threads."""
+        asked, self.asked = self.asked, []
+        for turns, payload, future, known_as in asked:
+            if not future.cancelled():
+                try:
+                    turns.submit(payload, future, functools.partial(self.give, future), known_as)
+                except Exception as error:
+                    future.set_result(error)
 
     def give(self, future: asyncio.Future, outcome: Any, more: bool) -> None:
         """Hand an outcome over to the event loop, which is woken once for several.

@@ -1980,7 +1980,7 @@ def test_those_who_have_left_make_room_in_a_full_queue(size):
     with model.busy():
         gone = [concurrent.futures.Future() for _ in range(2)]
         for future in gone:
-            model._turns.submit({"x": 7}, future, print)
+            model._turns.submit({"x": 7}, future, print, None)
             future.cancel()
         answer = later(functools.partial(model.predict, x=2))
         until(lambda: model._turns.waiting == 2)
