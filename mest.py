@@ -19,6 +19,10 @@ The path of a request, through the sections JSON, Parameters, Models and Routes:
 
     bytes -> decode -> parameters -> check -> model or handler -> result -> encode -> bytes
 
+Any WSGI server can serve `mest_app.app`, a Flask application. `mest_app` itself is an ASGI
+application, for gunicorn: its event loop (The ASGI edge) waits for clients and goes this path
+itself where nothing but a model is at its end; all else it hands to Flask, in threads.
+
 Flask routes and serves, Cerberus decides what a valid parameter is, gunicorn runs the processes,
 and Mest is what stands between them. It is no model registry, feature store, API gateway or place
 to train: it answers requests with one model, and what runs your containers does the rest.
@@ -1633,7 +1637,7 @@ def ways(app: flask.Flask) -> list[str]:
     lines = []
     for rule in app.url_map.iter_rules():
         why = why_through_flask(app, rule)
-        methods = "|".join(sorted(rule.methods - {"HEAD", "OPTIONS"})) or "OPTIONS"
+        methods = "|".join(sorted(rule.methods - FLASKS)) or "OPTIONS"
         lines.append(f"{methods} {rule.rule} " + (f"through Flask: {why}" if why else "directly"))
     return lines
 
@@ -1708,6 +1712,63 @@ class Patience:
             raise Problem(*self.problem) from None
 
 
+class Threads:
+    """The way from an event loop to the threads of models, and back: with few changes between them.
+
+    Waking the loop, or a thread, costs more than a small model does. So what is asked for in one
+    round of the loop is submitted together, and the loop is woken once for several outcomes.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self.asked: list[tuple[Turns, Any, asyncio.Future, str | None]] = []
+        self.given: deque[tuple[asyncio.Future, Any]] = deque()
+        self.awaited, self.woken, self.polls = 0, False, None
+
+    async def outcome(self, turns: Turns, payload: Any) -> Any:
+        """Return or raise what a model makes of a payload."""
+        future = self.loop.create_future()
+        self.asked.append((turns, payload, future, REQUEST_ID.get()))
+        if len(self.asked) == 1:
+            self.loop.call_soon(self.ask)
+        self.awaited += 1
+        if self.awaited > 1 and not self.polls:
+            self.polls = self.loop.call_later(0.002, self.poll)
+        try:
+            return raised(await future)
+        finally:
+            self.awaited -= 1
+
+    def ask(self) -> None:
+        asked, self.asked = self.asked, []
+        for turns, payload, future, known_as in asked:
+            if not future.cancelled():
+                try:
+                    turns.submit(payload, future, functools.partial(self.give, future), known_as)
+                except Exception as error:
+                    future.set_result(error)
+
+    def give(self, future: asyncio.Future, outcome: Any, more: bool) -> None:
+        """Hand an outcome over, in another thread; the loop is not woken if it will see it soon."""
+        self.given.append((future, outcome))
+        if not self.woken and not (more and self.polls):
+            self.woken = True
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self.loop.call_soon_threadsafe(self.deliver)
+
+    def deliver(self) -> None:
+        self.woken = False
+        while self.given:
+            future, outcome = self.given.popleft()
+            if not future.done():
+                future.set_result(outcome)
+
+    def poll(self) -> None:
+        """Deliver every 2 ms, from when several outcomes are awaited until none is."""
+        self.deliver()
+        self.polls = self.loop.call_later(0.002, self.poll) if self.awaited else None
+
+
 class Direct:
     """A route that the edge answers itself: what there is to know of it."""
 
@@ -1731,15 +1792,13 @@ class Edge:
 
     def __init__(self, mest_app: Any, loop: asyncio.AbstractEventLoop):
         self.service, self.config, self.loop = mest_app, mest_app.config, loop
-        #: threads for Flask, which clients can keep waiting, and for what is soon done
-        self.flask, self.threads = Calls(), Calls()
-        for calls in (self.flask, self.threads):
+        self.threads = Threads(loop)
+        #: for Flask, which clients can keep waiting, and for what is soon done
+        self.flask, self.calls = Calls(), Calls()
+        for calls in (self.flask, self.calls):
             calls.max_concurrency = self.config.threads
             calls._limits = self.config.max_queued_requests + self.config.threads, None
-        #: outcomes on their way from other threads to the futures that wait for them here
-        self.given: deque[tuple[asyncio.Future, Any]] = deque()
-        self.woken, self.polls, self.awaited, self.in_progress = False, None, 0, 0
-        self.asked: list[tuple] = []  # what will be submitted to models
+        self.in_progress = 0
         self.held = 0  # bytes of bodies that are not complete
         self.fixed: dict[tuple[str, str], Direct] | None = None
 
@@ -1898,66 +1957,19 @@ class Edge:
         """Return the model's answer; what the user has written runs in threads."""
         handler, model = direct.handler, direct.handler.model
         if "predict" in direct.own:
-            return await self.call(handler.answer, params)
+            return await self.call(handler.answer, params, REQUEST_ID.get())
         handler.require_model()
         payload = params
         if "pre_process" in direct.own:
             payload = await self.call(lambda: model.pre_process(**params))
-        result = await self.outcome(model._turns, payload)
+        result = await self.threads.outcome(model._turns, payload)
         if "post_process" in direct.own:
             return await self.call(lambda: encode(pass_on(result, model.post_process)))
         return await self.call(encode, result) if weight(result) >= LARGE else encode(result)
 
     async def call(self, function: Callable, *args: Any) -> Any:
         """Return what a function returns in another thread."""
-        return await self.outcome(self.threads._turns, lambda: function(*args))
-
-    async def outcome(self, turns: Turns, payload: Any) -> Any:
-        """Return the model's result for a payload."""
-        future = self.loop.create_future()
-        self.asked.append((turns, payload, future, REQUEST_ID.get()))
-        if len(self.asked) == 1:
-            self.loop.call_soon(self.ask)
-        self.awaited += 1
-        if self.awaited > 1 and not self.polls:
-            self.polls = self.loop.call_later(0.002, self.poll)
-        try:
-            return raised(await future)
-        finally:
-            self.awaited -= 1
-
-    def ask(self) -> None:
-        """Submit what has been asked for in one round of the loop: fewer changes of threads."""
-        asked, self.asked = self.asked, []
-        for turns, payload, future, known_as in asked:
-            if not future.cancelled():
-                try:
-                    turns.submit(payload, future, functools.partial(self.give, future), known_as)
-                except Exception as error:
-                    future.set_result(error)
-
-    def give(self, future: asyncio.Future, outcome: Any, more: bool) -> None:
-        """Hand an outcome over to the event loop, which is woken once for several.
-
-        Waking it costs more than a small model does. What it is not woken for it finds by itself.
-        """
-        self.given.append((future, outcome))
-        if not self.woken and not (more and self.polls):
-            self.woken = True
-            with contextlib.suppress(RuntimeError):  # it is closed
-                self.loop.call_soon_threadsafe(self.deliver)
-
-    def deliver(self) -> None:
-        self.woken = False
-        while self.given:
-            future, outcome = self.given.popleft()
-            if not future.done():
-                future.set_result(outcome)
-
-    def poll(self) -> None:
-        """Deliver every 2 ms, from when several outcomes are awaited until none is."""
-        self.deliver()
-        self.polls = self.loop.call_later(0.002, self.poll) if self.awaited else None
+        return await self.threads.outcome(self.calls._turns, lambda: function(*args))
 
 
 class Gone(OSError):
@@ -1979,7 +1991,7 @@ class Passage:
         """Answer the request."""
         try:
             run = functools.partial(copy_context().run, self.run)
-            whole = await self.edge.outcome(self.edge.flask._turns, run)
+            whole = await self.edge.threads.outcome(self.edge.flask._turns, run)
         except Exception as error:
             if not self.started:
                 raise
@@ -2299,8 +2311,8 @@ def missing_in(*classes: type) -> list[str]:
     ]
 
 
-#: What the master sends to workers instead of SIGTERM, since nobody else does.
-DISMISS = signal.SIGUSR2
+#: What the master sends to workers instead of SIGTERM, since nobody else does. Not on Windows.
+DISMISS = getattr(signal, "SIGUSR2", None)
 
 
 def worker_for(mest_app: Mest) -> type:
