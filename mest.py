@@ -1661,6 +1661,10 @@ class Calls(GenericModel):
         return call()
 
 
+class Gone(OSError):
+    """The client has left, or does not read what it is sent."""
+
+
 class Patience:
     """How long a request is waited for and worked on: so many seconds, and while its client is there.
 
@@ -1668,7 +1672,7 @@ class Patience:
     """
 
     def __init__(self, receive: Callable):
-        self.receive, self.watch, self.is_late, self.expired = receive, None, False, False
+        self.receive, self.watch, self.is_late, self.end = receive, None, False, None
 
     def __enter__(self) -> Patience:
         self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
@@ -1697,19 +1701,22 @@ class Patience:
 
     def left(self, watch: asyncio.Task) -> None:
         if not watch.cancelled() and not watch.exception():
-            self.task.cancel()
+            self.cut_short(Gone())
 
     def expire(self) -> None:
-        self.expired = True
+        self.cut_short(Problem(*self.problem))
+
+    def cut_short(self, end: Exception) -> None:
+        self.end = end
         self.task.cancel()
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         self.timer.cancel()
         if self.watch:
             self.watch.cancel()
-        if self.expired and kind is asyncio.CancelledError:
+        if self.end and kind is asyncio.CancelledError:
             getattr(self.task, "uncancel", int)()  # Python 3.11 counts
-            raise Problem(*self.problem) from None
+            raise self.end from None
 
 
 class Threads:
@@ -1859,6 +1866,8 @@ class Edge:
                     return await Passage(self, scope, send, body, began).take()
             status, (content, content_type) = 200, answer
             sent = [("content-type", content_type), ("content-length", str(len(content)))]
+        except Gone:
+            return
         except Exception as error:
             status, sent, content = self.report(error, f"{method} {path}")
         finally:
@@ -1970,10 +1979,6 @@ class Edge:
     async def call(self, function: Callable, *args: Any) -> Any:
         """Return what a function returns in another thread."""
         return await self.threads.outcome(self.calls._turns, lambda: function(*args))
-
-
-class Gone(OSError):
-    """The client has left, or does not read what it is sent."""
 
 
 class Passage:
@@ -2262,7 +2267,8 @@ class Mest:
         self.app.register_blueprint(router.blueprint, url_prefix="/" + url.strip("/"), name=name)
 
     def announce(self, place: str) -> None:
-        """Log, in the first of several workers, what is served where and how."""
+        """Note that this process serves; the first of several workers logs what, where and how."""
+        self.metrics.set(1, "mest_workers_ready")
         if self.metrics.slot > 1:
             return
         loaded = ((name, self._loaded[id(model)]) for model, name in self._labelled())
@@ -2360,7 +2366,7 @@ def worker_for(mest_app: Mest) -> type:
             super().connection_lost(error)
 
     class Worker(ASGIWorker):
-        tells_when_ready = True
+        is_serving = False
 
         def _setup_event_loop(self) -> None:
             super()._setup_event_loop()
@@ -2385,7 +2391,9 @@ def worker_for(mest_app: Mest) -> type:
             super().run()
 
         def notify(self) -> None:
-            mest_app.metrics.set(1, "mest_workers_ready")
+            if not self.is_serving:  # this is called once a second from now on
+                self.is_serving = True
+                self.app.announce()
             with contextlib.suppress(Problem):
                 mest_app.livez()  # a worker whose model is stuck is replaced
                 super().notify()
@@ -2468,7 +2476,7 @@ def master_for(mest_app: Mest) -> type:
         def kill_worker(self, pid: int, number: int) -> None:
             if number != signal.SIGUSR1 and pid in self.WORKERS:
                 self.WORKERS[pid].dismissed = True
-            ours = number == signal.SIGTERM and hasattr(self.worker_class, "tells_when_ready")
+            ours = number == signal.SIGTERM and hasattr(self.worker_class, "is_serving")
             super().kill_worker(pid, DISMISS if ours else number)
 
         def murder_workers(self) -> None:
@@ -2576,10 +2584,12 @@ def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
             gc.collect()
             gc.freeze()  # or full collections stop the service, for 0.05 s with scikit-learn
             sys.setswitchinterval(0.0005)  # seconds that the model may hold up the loop
-            mest_app.announce(f"{self.address}, {self.cfg.workers} workers")
-            if not hasattr(self.cfg.worker_class, "tells_when_ready"):
-                mest_app.metrics.set(1, "mest_workers_ready")
+            if not hasattr(self.cfg.worker_class, "is_serving"):
+                self.announce()
             return mest_app if self.is_asgi else mest_app.app
+
+        def announce(self) -> None:
+            mest_app.announce(f"{self.address}, {self.cfg.workers} workers")
 
     service = Service()
     mest_app.share_metrics(Metrics(slots=4 * service.cfg.workers + 64))
