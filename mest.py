@@ -1464,7 +1464,8 @@ class Prediction:
 
     def require_model(self) -> None:
         if not getattr(self.model, "is_loaded", True):
-            raise MestError(f"{self.model!r} is not loaded; call mest_app.setup() before serving")
+            cure = "put it into models_instances, and call mest_app.setup()"
+            raise MestError(f"{self.model!r} is not loaded; {cure}")
 
 
 class Probe:
@@ -2139,7 +2140,7 @@ class Mest:
         return app
 
     def share_metrics(self, metrics: Metrics) -> None:
-        """Count there from now on, for the models too."""
+        """Count there from now on, and tell the models so, and what their limits are."""
         self.metrics = metrics
         for model, label in self._labelled():
             if isinstance(model, GenericModel):
@@ -2241,6 +2242,9 @@ class Mest:
         if self._is_warm:
             return
         self._is_warm = True
+        for model in self.config.models_instances:
+            if isinstance(model, GenericModel):  # the first call may take as long as it needs
+                model._limits = self.config.max_queued_requests, None
         for rule in self.app.url_map.iter_rules():
             prediction = handler_of(self.app, rule)
             if isinstance(prediction, Prediction) and prediction.parameters.example is not None:
@@ -2251,6 +2255,7 @@ class Mest:
                     name, what = type(prediction.model).__name__, f"{type(error).__name__}: {error}"
                     reason = f"model {name} fails for the example of {rule.rule}: {what}"
                     raise MestError(reason) from error
+        self.share_metrics(self.metrics)
 
     def register_router(self, url: str, router: Router) -> None:
         """Put the routes of a router, present and future ones, under an url or several in turn.
@@ -2394,9 +2399,11 @@ def worker_for(mest_app: Mest) -> type:
             if not self.is_serving:  # this is called once a second from now on
                 self.is_serving = True
                 self.app.announce()
-            with contextlib.suppress(Problem):
-                mest_app.livez()  # a worker whose model is stuck is replaced
+            try:
+                mest_app.livez()
                 super().notify()
+            except Problem as stuck:  # the master misses the sign of life, and will replace this
+                mest_app.logger.error(stuck.description)
 
         async def _shutdown(self) -> None:  # gunicorn would wait for idle connections, too
             seconds = self.cfg.graceful_timeout  # after which the master kills
@@ -2418,7 +2425,7 @@ def master_for(mest_app: Mest) -> type:
     from gunicorn.errors import HaltServer
 
     class Master(Arbiter):
-        stops_at = math.inf
+        stops_at = retry_at = math.inf
 
         def handle_term(self) -> None:
             """Drain, so that balancers notice before the end; or stop, if that is under way."""
@@ -2436,6 +2443,8 @@ def master_for(mest_app: Mest) -> type:
 
         def handle_hup(self) -> None:
             """Start new workers; manage_workers stops the old ones when those are ready."""
+            same = ", but those have the same models: --preload" if self.cfg.preload_app else ""
+            mest_app.logger.info("starts new workers, and then stops the old ones%s", same)
             for pid, worker in [*self.WORKERS.items()]:
                 if not self.is_ready(worker):  # of a reload before this, perhaps
                     self.kill_worker(pid, signal.SIGTERM)
@@ -2481,6 +2490,8 @@ def master_for(mest_app: Mest) -> type:
 
         def murder_workers(self) -> None:
             super().murder_workers()
+            if time.monotonic() > self.retry_at:
+                self.num_workers, self.retry_at = self.cfg.workers, math.inf
             limit = mest_app.config.startup_timeout
             for pid, worker in [*self.WORKERS.items()]:
                 if not self.is_ready(worker) and time.monotonic() - worker.began > limit + 5:
@@ -2488,21 +2499,20 @@ def master_for(mest_app: Mest) -> type:
 
         def reap_workers(self) -> None:
             """Go on without workers that could not start, as long as there are others."""
-            before, halt = dict(self.WORKERS), False
-            try:
+            before = dict(self.WORKERS)
+            with contextlib.suppress(HaltServer):
                 super().reap_workers()
-            except HaltServer:
-                halt = True
             lost = [before[pid] for pid in before.keys() - self.WORKERS.keys()]
             failed = [worker for worker in lost if not self.is_ready(worker) and not worker.dismissed]
             for worker in lost:
                 mest_app.metrics.retire(worker.slot)
-            if failed or halt:
+            if failed:
                 ready = sum(map(self.is_ready, self.WORKERS.values()))
-                mest_app.logger.error("a worker could not start; %d others go on", ready)
+                mest_app.logger.error("a worker could not load its models; %d go on with theirs", ready)
                 if not ready:
-                    raise HaltServer("no worker could start", self.WORKER_BOOT_ERROR)
-                self.num_workers = min(self.num_workers, ready)  # no endless attempts
+                    raise HaltServer("no worker has its models", self.WORKER_BOOT_ERROR)
+                if ready < self.num_workers:
+                    self.num_workers, self.retry_at = ready, time.monotonic() + 60
 
     return Master
 
@@ -2755,11 +2765,13 @@ def run_gunicorn(args: argparse.Namespace) -> int:
     bind = f"{host or '0.0.0.0'}:{config.listen_port}"
     options = [f"--workers={config.workers}"] if "workers" in given else []
     options += ["--preload"] if args.preload else []
-    options += [f"--bind={bind}"] if {"listen_host", "listen_port"} & given.keys() else []
+    bound = any(option.startswith(("-b", "--bind")) for option in args.options)
+    if {"listen_host", "listen_port"} & given.keys() and not bound:
+        options.append(f"--bind={bind}")
     server, master = gunicorn_for(mest_app, bind, options + args.options), os.getpid()
     if server.cfg.workers > workers:
-        text = "the CPUs were shared out to %d workers before the application told of %d; use --workers"
-        mest_app.logger.warning(text, workers, server.cfg.workers)
+        text = "the CPUs were shared out to %d workers before it was known that there are %d: %s"
+        mest_app.logger.warning(text, workers, server.cfg.workers, "set MEST_WORKERS, or --workers")
     check_settings(server.cfg)
     try:
         server.run()

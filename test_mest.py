@@ -1517,7 +1517,7 @@ def test_the_path_of_a_predict_route_gives_parameters_too(router):
 def test_a_model_that_is_not_loaded_is_a_500_and_the_log_says_what_to_call(router, capsys):
     router.add_predict_route(Doubler(), X)
     assert client_of(router).post("/predict", json={"x": 1}).status_code == 500
-    assert "is not loaded; call mest_app.setup()" in log_of(capsys)[-1]["traceback"]
+    assert "is not loaded; put it into models_instances, and call mest_app.setup()" in log_of(capsys)[-1]["traceback"]
 
 
 def test_anything_with_predict_can_be_behind_a_predict_route(router):
@@ -2004,6 +2004,23 @@ def test_bodies_that_arrive_at_once_have_a_bound_together():
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.gather(*map(ask, range(20))), 0.5)
 
+    async def one_by_one():
+        for _ in range(40):
+            parts = iter([{"type": "http.request", "body": b"{" + b" " * 900, "more_body": True}, {"type": "http.request", "body": b"}"}])
+
+            async def receive():
+                return next(parts)
+
+            sent = []
+
+            async def send(message):
+                sent.append(message)
+
+            scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": [(b"content-type", b"application/json")]}
+            await mest_app(scope, receive, send)
+            assert sent[0]["status"] == 200
+
+    asyncio.run(one_by_one())
     asyncio.run(flood())
     assert [message["status"] for message in late[::2]] == [503, 503, 503] and b"Too many bodies" in late[1]["body"]
 
@@ -2199,6 +2216,41 @@ def test_requests_at_once_fill_batches_over_asgi():
 
     assert asyncio.run(all_at_once()) == [b"%d\n" % (x * x) for x in range(64)]
     assert len(model.batches) < 16
+
+
+def test_metrics_are_in_the_format_of_prometheus_and_clients_cannot_add_to_them():
+    mest_app = answering()
+    client = mest_app.app.test_client()
+    for sent in ({}, {"parts": [b"{"]}, {"url": "/hunter2"}, {"method": "HUNTER2"}, {"url": '/at/hunter2"/5', "method": "GET", "parts": [b""]}):
+        over_asgi(mest_app, **sent)
+        url, body = sent.get("url", "/predict"), sent.get("parts", [b'{"x": 3}'])[0]
+        client.open(url, method=sent.get("method", "POST"), data=body, content_type="application/json")
+    for text in (over_asgi(mest_app, "/metrics", "GET", [b""]).body.decode(), client.get("/metrics").text):
+        assert "unter2" not in text and 'mest_build_info{version="%s",' % mest.__version__ in text
+        for line in text.splitlines():
+            assert re.fullmatch(r'# (HELP|TYPE) mest_\w+ .+|mest_\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [\d.e+-]+', line), line
+        samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+        assert samples['mest_requests_total{route="/predict",method="POST",status="200"}'] == "2"
+        assert samples['mest_requests_total{route="/predict",method="POST",status="400"}'] == "2"
+        assert samples['mest_requests_total{route="other",method="POST",status="404"}'] == "2"
+        assert samples['mest_requests_total{route="other",method="other",status="405"}'] == "2"
+        assert samples['mest_requests_total{route="/at/<z>/<int:k>",method="GET",status="200"}'] == "2"
+        assert samples['mest_request_duration_seconds_count{route="/predict"}'] == "4"
+        assert samples['mest_request_duration_seconds_bucket{route="/predict",le="+Inf"}'] == "4"
+    types = dict(re.findall(r"# TYPE (\w+) (\w+)", text))
+    assert types["mest_requests_total"] == "counter" and types["mest_batch_size"] == "histogram"
+
+
+def test_a_full_slot_of_metrics_takes_no_more_and_harms_nothing():
+    metrics = mest.Metrics(slots=2)
+    for number in range(5000):
+        metrics.add(1, "mest_requests_total", f"/{number}", "GET", 200)
+    metrics.observe(0.1, "mest_request_duration_seconds", "/late")
+    metrics.begin(1)
+    metrics.add(1, "mest_requests_total", '/a"\n\\', "GET", 200)
+    text = metrics.text()
+    assert 'route="/0",method="GET",status="200"} 1\n' in text and "/4999" not in text and "/late" not in text
+    assert r'{route="/a\"\n\\",method="GET",status="200"} 1' in text
 
 
 def test_the_lifespan_loads_the_models_or_says_why_it_cannot():
@@ -2674,6 +2726,8 @@ def test_a_killed_worker_loses_what_was_in_it_a_reload_nothing_and_the_metrics_n
         assert load.failures == []
         assert metric(server, 'mest_requests_total{route="/predict",method="POST",status="200"}') == counted + len(load.answers)
         assert metric(server, "mest_queue_length") == 0 and metric(server, "mest_requests_in_progress") == 1
+        server.process.send_signal(signal.SIGTTOU)  # one worker less
+        until(lambda: metric(server, "mest_workers_ready") == 1)
 
 
 def test_a_reload_that_fails_leaves_the_old_workers(project):
@@ -2683,7 +2737,7 @@ def test_a_reload_that_fails_leaves_the_old_workers(project):
         (project.path / "weights").unlink()
         server.process.send_signal(signal.SIGHUP)
         server.wait_for("mest: model Doubler could not be loaded: FileNotFoundError")
-        server.wait_for("a worker could not start; 1 others go on")
+        server.wait_for("a worker could not load its models; 1 go on with theirs")
         assert server.ask("/predict", {"x": 3})[0] == 200
         (project.path / "weights").touch()
         server.process.send_signal(signal.SIGHUP)
@@ -2691,11 +2745,51 @@ def test_a_reload_that_fails_leaves_the_old_workers(project):
         assert server.ask("/predict", {"x": 3})[0] == 200
 
 
+def test_a_replacement_that_cannot_load_is_not_attempted_endlessly(project):
+    project.write(app=SLOW.replace("self.model = os", "open('weights').close(); self.model = os"))
+    (project.path / "weights").touch()
+    with project.serve("run", "gunicorn", "--workers", "2") as server:
+        until(lambda: metric(server, "mest_workers_ready") == 2)
+        (project.path / "weights").unlink()
+        os.kill(json.loads(server.ask("/predict", {"x": 1})[1])["pid"], signal.SIGKILL)
+        server.wait_for("a worker could not load its models; 1 go on with theirs")
+        server.process.send_signal(signal.SIGUSR1)  # wakes the master, which looks after the workers
+        assert server.ask("/predict", {"x": 1})[0] == 200
+        (project.path / "weights").touch()
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: metric(server, "mest_workers_ready") == 2)
+        assert server.output.count("could not load its models;") == 1
+
+
+def test_the_example_runs_once_in_each_worker_and_may_take_its_time(project):
+    slow = "print('inferring'); __import__('time').sleep(1.5); return {\"y\""
+    project.write(app=APP.replace("return {\"y\"", slow))
+    with project.serve("run", "gunicorn", "--workers", "2", MEST_REQUEST_TIMEOUT="1") as server:
+        until(lambda: metric(server, "mest_workers_ready") == 2)
+        assert server.output.count("inferring") == 2
+        assert server.ask("/predict", {"x": 1})[0] == 504
+
+
+def test_old_workers_serve_while_the_new_ones_load(project):
+    wait = "time.sleep(2 if os.path.exists('again') else 0); self.model = os"
+    project.write(app=SLOW.replace("self.model = os", wait))
+    with project.serve("run", "gunicorn") as server:
+        old = json.loads(server.ask("/predict", {"x": 1})[1])["pid"]
+        (project.path / "again").touch()
+        server.process.send_signal(signal.SIGHUP)
+        longest, pid = 0, old
+        while pid == old:
+            began = time.monotonic()
+            pid = json.loads(server.ask("/predict", {"x": 1})[1])["pid"]
+            longest = max(longest, time.monotonic() - began)
+        assert longest < 1
+
+
 @pytest.mark.parametrize(
     "init, env, message",
     [
         ("import os; os.kill(os.getpid(), 9)", {}, "was sent SIGKILL! Perhaps out of memory"),
-        ("import os; os._exit(0)", {}, "a worker could not start"),
+        ("import os; os._exit(0)", {}, "a worker could not load its models; 0 go on"),
         ("import time; time.sleep(600)", {"MEST_STARTUP_TIMEOUT": "1"},
          "mest: model Doubler could not be loaded: TimeoutError: it was not done within the startup_timeout of 1 s"),
     ],
@@ -2751,7 +2845,7 @@ def test_connections_are_limited_and_a_flood_of_requests_does_not_fill_the_memor
             while time.monotonic() < end:  # and no answer is read
                 with contextlib.suppress(BlockingIOError):
                     sent += flood.send(many)
-        assert sent > 100_000 and resident() < before + 20
+        assert sent > 100_000 and resident() < before + 10
         until(lambda: server.ask("/livez")[0] == 200)
 
 
@@ -2778,7 +2872,7 @@ def test_a_client_that_leaves_is_forgotten(slow):
         [connection.close() for connection in gone]
         assert held()[0] == 200 and server.ask("/predict", {"x": 1})[0] == 200
         assert "batch [1]" in server.output.splitlines()[-1] and "7" not in re.findall("batch (.*)", server.output)
-        assert "rror" not in server.output and server.output.count("model Slow loaded") == 1
+        assert "rror" not in server.output
 
 
 def test_a_worker_whose_model_is_stuck_says_so_and_is_replaced(slow):
@@ -2857,7 +2951,7 @@ def test_linear_algebra_gets_the_cpus_of_its_worker(project):
         assert shown in project.mest("run", "gunicorn", *args, *show, **env).stdout.splitlines()
     project.write(app=APP.replace("8000,", "8000, workers=99,"))
     done = project.mest("run", "gunicorn", *show)
-    assert "the CPUs were shared out to 1 workers before the application told of 99; use --workers" in done.stdout
+    assert "shared out to 1 workers before it was known that there are 99: set MEST_WORKERS, or --workers" in done.stdout
 
 
 def test_one_line_at_the_start_tells_what_is_served_and_how(project):
