@@ -60,7 +60,7 @@ import traceback
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError  # its own before Python 3.11
 from contextvars import Context, ContextVar, copy_context
 from datetime import datetime, timezone
@@ -1142,6 +1142,27 @@ def result_of(model: GenericModel, payload: Any) -> Any:
 TOO_LATE = "The model did not answer in time."
 
 
+class Awaited:
+    """An outcome that a thread waits for: a concurrent.futures.Future, at a tenth of the cost."""
+
+    def __init__(self) -> None:
+        self.given, self.is_cancelled = threading.Lock(), False
+        self.given.acquire()
+
+    def give(self, outcome: Any, more: bool) -> None:
+        self.value = outcome
+        self.given.release()
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+    def outcome(self, seconds: float | None) -> Any:
+        if self.given.acquire(timeout=-1 if seconds is None else seconds):
+            return self.value
+        self.is_cancelled = True
+        raise Problem(504, TOO_LATE)
+
+
 class Turns:
     """Who uses a model when: callers queue, and threads of its own carry out what they ask for.
 
@@ -1166,25 +1187,18 @@ class Turns:
         """Return the model's result for a payload, once its turn has come."""
         if threading.current_thread() in self.busy_since:  # the model calls itself
             return raised(self.outcomes([payload])[0])
-        future: Future = Future()
-        give = lambda outcome, more: future.set_result(outcome)
-        self.submit(payload, future, give, request_id())
-        try:
-            return raised(future.result(self.model._limits[1]))
-        except FutureTimeoutError:
-            if future.done():
-                raise  # the model itself has raised it
-            future.cancel()
-            raise Problem(504, TOO_LATE) from None
+        awaited = Awaited()
+        self.submit(payload, awaited, awaited.give, request_id())
+        return raised(awaited.outcome(self.model._limits[1]))
 
     def submit(
         self, payload: Any, future: Any, give: Callable[[Any, bool], Any], known_as: str | None
     ) -> None:
         """Have a payload's result, or the exception instead of it, given in another thread.
 
-        Unless the future, to which it is given in the end, is cancelled before its turn. The second
-        thing given is whether more will be, within a millisecond or so. What is logged meanwhile
-        has the request's id.
+        Unless the future, which only tells that, is cancelled before its turn. The second thing
+        given is whether more will be, within a millisecond or so. What is logged meanwhile has the
+        request's id.
         """
         with self.lock:
             if self.waiting >= self.model._limits[0]:
@@ -1243,8 +1257,7 @@ class Turns:
             self.count(-len(batch))
             soon = behind > 0 and time.monotonic() - began < 0.001
             for left, (_, _, give, _), outcome in zip(range(len(live))[::-1], live, outcomes):
-                with contextlib.suppress(InvalidStateError):  # nobody waits any longer
-                    give(outcome, left > 0 or soon)
+                give(outcome, left > 0 or soon)
 
     def next_batch(self, crowd: int) -> list[tuple]:
         """Return what is queued, after a wait for so many."""

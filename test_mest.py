@@ -981,7 +981,7 @@ def typed(value):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_compiled_check_accepts_what_cerberus_accepts_and_makes_the_same_of_it(seed):
     wild, compiled, accepted, sure = Wild(seed), 0, 0, 0
-    for _ in range(700):
+    for _ in range(500):
         schema = wild.schema()
         if coerced := wild.perhaps(0.3):  # which only Cerberus can do
             schema["n"] = {"coerce": int}
