@@ -914,7 +914,7 @@ class Metrics:
         "mest_requests_in_progress": ("gauge", (), (), "Requests that have no answer yet."),
         "mest_queue_length": ("gauge", (), ("model",), "Requests at a model, running or waiting."),
         "mest_batch_size": ("histogram", SIZES, ("model",), "Requests that a model took at once."),
-        "mest_model_load_seconds": ("gauge", (), ("model",), "What init took, in the slowest worker."),
+        "mest_model_load_seconds": ("gauge", (), ("model",), "What init took, at the longest."),
         "mest_workers_ready": ("gauge", (), (), "Processes that have loaded their models."),
         "mest_workers_started_total": ("counter", (), (), "Processes started, replacements too."),
     }
@@ -1350,7 +1350,8 @@ def read_parameters(parameters: Parameters, variables: dict[str, Any]) -> dict[s
     http, environ = request._get_current_object(), request.environ
     body = read_body(http, service().config.max_body_bytes)
     kind, coding = environ.get("CONTENT_TYPE", ""), environ.get("HTTP_CONTENT_ENCODING", "")
-    values, fields = decode_body(http.method, kind, coding.lower(), body), query_of(http.query_string)
+    values = decode_body(http.method, kind, coding.lower(), body)
+    fields = query_of(http.query_string)
     if values is None or "form" in vars(http):  # a form, which a hook may have parsed already
         if body and values is None and not (http.form or http.files):
             raise Problem(400, "The body is not a valid form.")
@@ -1680,7 +1681,7 @@ class Gone(OSError):
 
 
 class Patience:
-    """How long a request is waited for and worked on: so many seconds, and while its client is there.
+    """How long a request is waited for and worked on: some seconds, and while its client is there.
 
     Then what the task does in it is cancelled. Most requests need only a timer that never fires.
     """
@@ -1937,13 +1938,14 @@ class Edge:
                 self.held += len(parts[-1])
                 is_short = size <= self.max_body_bytes
                 if more and self.held > 16 * self.max_body_bytes:
-                    raise Problem(503, "Too many bodies are arriving.", headers={"Retry-After": "1"})
+                    again = {"Retry-After": "1"}
+                    raise Problem(503, "Too many bodies are arriving.", headers=again)
         finally:
             self.held -= size
         if is_short:
             return parts[0] if len(parts) == 1 else b"".join(parts)
         too_long = 413, f"The body is longer than {self.max_body_bytes} bytes."
-        patience.allow(5, *too_long, body_is_read=False)  # most send all before they read the answer
+        patience.allow(5, *too_long, body_is_read=False)  # most read the answer after sending all
         while size < 2**26 and (more or not size):
             message = await receive()
             size += len(message.get("body", b"")) or 1
@@ -2065,7 +2067,7 @@ class Passage:
         """Return the request as WSGI has it, with the bytes of the path as they were sent."""
         scope, root = self.scope, self.scope.get("root_path") or ""
         raw = scope.get("raw_path") or scope["path"].encode()
-        if not raw.startswith(b"/"):  # http://host/path, which RFC 9112, section 3.2.2, has for proxies
+        if not raw.startswith(b"/"):  # http://host/path, for proxies (RFC 9112, section 3.2.2)
             raw = b"/" + raw.partition(b"://")[2].partition(b"/")[2]
         path, root = unquote_to_bytes(raw).decode("latin-1"), root.encode().decode("latin-1")
         host, port = scope.get("server") or ("localhost", 80)
@@ -2181,7 +2183,7 @@ class Mest:
         self._draining[0] = value
 
     def livez(self) -> tuple[bytes, str]:
-        """Return that the process can serve, or raise a Problem if a model has been busy too long."""
+        """Return that the process can serve, or raise a Problem if a model is busy for too long."""
         limit = self.config.liveness_timeout
         for model, name in self._labelled():
             if limit and isinstance(model, GenericModel) and model._turns.busy_for() > limit:
@@ -2345,7 +2347,7 @@ def worker_for(mest_app: Mest) -> type:
     from gunicorn.workers.gasgi import ASGIWorker
 
     if missing := missing_in(ASGIProtocol, ASGIWorker):
-        text = "this gunicorn has no %s: slow clients, idle connections at a stop, and floods cost more"
+        text = "this gunicorn has no %s: slow clients, idle connections and floods cost more"
         mest_app.logger.warning(text, ", ".join(missing))
         return ASGIWorker
 
@@ -2476,7 +2478,8 @@ def master_for(mest_app: Mest) -> type:
 
         def spawn_worker(self) -> int:
             self.app.address = ", ".join(map(str, self.LISTENERS or self.cfg.bind))
-            used, last = {worker.slot for worker in self.WORKERS.values()}, mest_app.metrics.slots - 1
+            used = {worker.slot for worker in self.WORKERS.values()}
+            last = mest_app.metrics.slots - 1
             slot = next((slot for slot in range(1, last) if slot not in used), last)
             mest_app.metrics.begin(slot)
             mest_app.metrics.add(1, "mest_workers_started_total")
@@ -2492,7 +2495,8 @@ def master_for(mest_app: Mest) -> type:
 
         def manage_workers(self) -> None:
             newest = sorted(self.WORKERS.values(), key=lambda worker: -worker.age)
-            if all(map(self.is_ready, newest[: self.num_workers])) or len(newest) <= self.num_workers:
+            enough = all(map(self.is_ready, newest[: self.num_workers]))
+            if enough or len(newest) <= self.num_workers:
                 super().manage_workers()
 
         def kill_worker(self, pid: int, number: int) -> None:
@@ -2516,12 +2520,13 @@ def master_for(mest_app: Mest) -> type:
             with contextlib.suppress(HaltServer):
                 super().reap_workers()
             lost = [before[pid] for pid in before.keys() - self.WORKERS.keys()]
-            failed = [worker for worker in lost if not self.is_ready(worker) and not worker.dismissed]
+            failed = any(not self.is_ready(worker) and not worker.dismissed for worker in lost)
             for worker in lost:
                 mest_app.metrics.retire(worker.slot)
             if failed:
                 ready = sum(map(self.is_ready, self.WORKERS.values()))
-                mest_app.logger.error("a worker could not load its models; %d go on with theirs", ready)
+                text = "a worker could not load its models; %d go on with theirs"
+                mest_app.logger.error(text, ready)
                 if not ready:
                     raise HaltServer("no worker has its models", self.WORKER_BOOT_ERROR)
                 if ready < self.num_workers:
@@ -2545,7 +2550,8 @@ def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
     class Log(Logger):
         def setup(self, cfg: Any) -> None:
             super().setup(cfg)
-            if cfg.errorlog == "-" and not (cfg.logconfig or cfg.logconfig_dict or cfg.logconfig_json):
+            own = cfg.logconfig or cfg.logconfig_dict or cfg.logconfig_json
+            if cfg.errorlog == "-" and not own:
                 self.error_log.handlers = [LogHandler(config.log_format)]
 
     class Run(BaseApplication):

@@ -2645,7 +2645,7 @@ def later(function, *args):
 
 def test_the_first_sigterm_makes_it_unready_and_the_end_comes_after_the_drain(slow):
     with slow() as server, idle(server, 50):
-        answer = later(server.ask, "/predict", {"x": 5, "seconds": 3})
+        answer = later(server.ask, "/predict", {"x": 5, "seconds": 2})
         server.wait_for(r"batch .5\b")
         began = time.monotonic()
         os.killpg(server.process.pid, signal.SIGTERM)  # as systemd does; only the master heeds it
@@ -2656,7 +2656,7 @@ def test_the_first_sigterm_makes_it_unready_and_the_end_comes_after_the_drain(sl
         assert server.ask("/livez")[0] == 200
         assert answer()[0] == 200 and time.monotonic() - began >= 1
         assert server.process.wait(PATIENCE) == 0
-        assert time.monotonic() - began < 1 + 3 + 3  # the drain, the request, and what is promised
+        assert time.monotonic() - began < 1 + 2 + 3  # the drain, the request, and what is promised
         assert "rror" not in server.output and server.output.count("model Slow loaded") == 1
 
 
@@ -2850,8 +2850,8 @@ def test_connections_are_limited_and_a_flood_of_requests_does_not_fill_the_memor
 
 
 def test_too_many_requests_are_refused_at_once_and_late_ones_are_not_computed(slow):
-    with slow(MEST_MAX_QUEUED_REQUESTS="6", MEST_REQUEST_TIMEOUT="2") as server:
-        held = [later(server.ask, "/predict", {"x": 0, "seconds": 3})]
+    with slow(MEST_MAX_QUEUED_REQUESTS="6", MEST_REQUEST_TIMEOUT="1") as server:
+        held = [later(server.ask, "/predict", {"x": 0, "seconds": 2})]
         server.wait_for(r"batch .0\b")
         held += [later(server.ask, "/predict", {"x": x}) for x in range(1, 12)]
         statuses = sorted(answer()[0] for answer in held)
