@@ -159,16 +159,16 @@ def request_id() -> str | None:
     return environ["mest.request_id"]
 
 
-def sane_id(sent: str) -> str:
-    """Return what a client has sent as X-Request-Id if that is sane, or a new id."""
-    sane = sent and re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", sent)
-    return sent if sane else f"{IDS.getrandbits(128):032x}"
-
-
 #: Not os.urandom, which lets other threads run, and so costs as much as the rest of a request.
 IDS = random.Random()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=IDS.seed)
+
+
+def sane_id(sent: str) -> str:
+    """Return what a client has sent as X-Request-Id if that is sane, or a new id."""
+    sane = sent and re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", sent)
+    return sent if sane else f"{IDS.getrandbits(128):032x}"
 
 
 def report(error: MestError) -> str:
@@ -198,6 +198,7 @@ def available_cpus(cgroups: str = "/sys/fs/cgroup") -> int:
     return cpus
 
 
+#: What is allowed for most times: up to a day.
 SECONDS = range(1, 86401)
 
 
@@ -1610,14 +1611,16 @@ def handler_of(app: flask.Flask, rule: Rule) -> Any:
 #: bytes of JSON, or values in a result, that would hold up an event loop
 LARGE = 2**16
 #: methods that Flask answers for all routes
-FLASKS = {"HEAD", "OPTIONS"}
+FLASK_METHODS = {"HEAD", "OPTIONS"}
 #: what a request passes in Flask, and what a host may have replaced
-STAGES = (
+FLASK_STAGES = (
     "__call__", "wsgi_app", "request_context", "create_url_adapter", "full_dispatch_request",
     "preprocess_request", "dispatch_request", "finalize_request", "make_response",
     "process_response", "handle_exception", "do_teardown_request",
 )
-SIGNALS = "request_started", "request_finished", "request_tearing_down", "got_request_exception"
+FLASK_SIGNALS = (
+    "request_started", "request_finished", "request_tearing_down", "got_request_exception",
+)
 
 
 def why_through_flask(app: flask.Flask, rule: Rule) -> str:
@@ -1631,7 +1634,7 @@ def why_through_flask(app: flask.Flask, rule: Rule) -> str:
     kinds = app.request_class, app.response_class, type(app.session_interface)
     if kinds != (flask.Request, flask.Response, SecureCookieSessionInterface):
         return "the application has requests, responses or sessions of its own"
-    for name in STAGES:
+    for name in FLASK_STAGES:
         if getattr(getattr(app, name), "__func__", None) is not getattr(flask.Flask, name):
             return f"the application has a {name} of its own"
     names = rule.endpoint.split(".")[:-1]
@@ -1643,7 +1646,7 @@ def why_through_flask(app: flask.Flask, rule: Rule) -> str:
             return f"the {kind} hook {getattr(others[0], '__qualname__', others[0])} applies to it"
     if any(app.url_value_preprocessors.get(scope) for scope in scopes):
         return "a url_value_preprocessor applies to it"
-    heard = [name for name in SIGNALS if getattr(flask, name).has_receivers_for(app)]
+    heard = [name for name in FLASK_SIGNALS if getattr(flask, name).has_receivers_for(app)]
     return f"{heard[0]} has receivers" if heard else ""
 
 
@@ -1652,7 +1655,7 @@ def ways(app: flask.Flask) -> list[str]:
     lines = []
     for rule in app.url_map.iter_rules():
         why = why_through_flask(app, rule)
-        methods = "|".join(sorted(rule.methods - FLASKS)) or "OPTIONS"
+        methods = "|".join(sorted(rule.methods - FLASK_METHODS)) or "OPTIONS"
         lines.append(f"{methods} {rule.rule} " + (f"through Flask: {why}" if why else "directly"))
     return lines
 
@@ -1816,8 +1819,8 @@ class Edge:
         self.service, self.config, self.loop = mest_app, mest_app.config, loop
         self.threads = Threads(loop)
         #: for Flask, which clients can keep waiting, and for what is soon done
-        self.flask, self.calls = Calls(), Calls()
-        for calls in (self.flask, self.calls):
+        self.flask_calls, self.calls = Calls(), Calls()
+        for calls in (self.flask_calls, self.calls):
             calls.max_concurrency = self.config.threads
             calls._limits = self.config.max_queued_requests + self.config.threads, None
         self.in_progress = 0
@@ -1833,7 +1836,7 @@ class Edge:
         self.fixed = {
             (method, direct.route): direct
             for direct in self.direct if not direct.rule.arguments
-            for method in direct.rule.methods - FLASKS
+            for method in direct.rule.methods - FLASK_METHODS
         }
         self.adapter = app.url_map.bind("localhost")
         sizes = self.config.max_body_bytes, app.config["MAX_CONTENT_LENGTH"] or sys.maxsize
@@ -1884,7 +1887,7 @@ class Edge:
         except Gone:
             return
         except Exception as error:
-            status, sent, content = self.report(error, f"{method} {path}")
+            status, sent, content = self.refusal(error, f"{method} {path}")
         finally:
             self.count(-1)
         if not any(name == "x-request-id" for name, _ in sent):
@@ -1893,7 +1896,7 @@ class Edge:
         await self.start(send, status, sent)
         await send({"type": "http.response.body", "body": content if method != "HEAD" else b""})
 
-    def report(self, error: Exception, asked: str) -> tuple[int, list[tuple[str, str]], bytes]:
+    def refusal(self, error: Exception, asked: str) -> tuple[int, list[tuple[str, str]], bytes]:
         """Return the status, headers and body of the answer to an exception."""
         try:
             response = as_problem(error, self.service, asked).get_response({})
@@ -1901,7 +1904,7 @@ class Edge:
             "".join(map("".join, headers)).encode("latin-1")
         except Exception as another:  # a Problem with what JSON or HTTP cannot express
             self.service.logger.exception("%s failed: %r", asked, another)
-            return self.report(Problem(500, FAILED), asked)
+            return self.refusal(Problem(500, FAILED), asked)
         has_body = "content-length" in dict(headers)
         return response.status_code, headers, response.get_data() if has_body else b""
 
@@ -1914,7 +1917,7 @@ class Edge:
         """Return the direct route that a path has, if any, and the variables in the path."""
         if direct := self.fixed.get((method, path)):
             return direct, dict(direct.rule.defaults or {})
-        if method not in FLASKS and any(direct.rule.arguments for direct in self.direct):
+        if method not in FLASK_METHODS and any(direct.rule.arguments for direct in self.direct):
             with contextlib.suppress(HTTPException):
                 rule, variables = self.adapter.match(path, method, return_rule=True)
                 found = (direct for direct in self.direct if direct.rule is rule)
@@ -2012,7 +2015,7 @@ class Passage:
         """Answer the request."""
         try:
             run = functools.partial(copy_context().run, self.run)
-            whole = await self.edge.threads.outcome(self.edge.flask._turns, run)
+            whole = await self.edge.threads.outcome(self.edge.flask_calls._turns, run)
         except Exception as error:
             if not self.started:
                 raise
@@ -2319,7 +2322,7 @@ class Mest:
 # Serving
 
 
-#: What gunicorn_for's worker overrides or calls of gunicorn's that is not public.
+#: What worker_for and protocol_for override or call of gunicorn's that is not public.
 PRIVATE = {
     "ASGIProtocol": (
         "_callback_parser", "_close_transport", "_closed", "_current_request", "_is_buffer_full",
@@ -2341,15 +2344,9 @@ def missing_in(*classes: type) -> list[str]:
 DISMISS = getattr(signal, "SIGUSR2", None)
 
 
-def worker_for(mest_app: Mest) -> type:
-    """Return gunicorn's class of asynchronous workers, with what it lacks."""
+def protocol_for(mest_app: Mest) -> type:
+    """Return gunicorn's class of connections, with what it lacks."""
     from gunicorn.asgi.protocol import ASGIProtocol
-    from gunicorn.workers.gasgi import ASGIWorker
-
-    if missing := missing_in(ASGIProtocol, ASGIWorker):
-        text = "this gunicorn has no %s: slow clients, idle connections and floods cost more"
-        mest_app.logger.warning(text, ", ".join(missing))
-        return ASGIWorker
 
     class Protocol(ASGIProtocol):
         due: Any = None
@@ -2385,23 +2382,40 @@ def worker_for(mest_app: Mest) -> type:
             self.worker.protocols.discard(self)
             super().connection_lost(error)
 
+    return Protocol
+
+
+def worker_for(mest_app: Mest) -> type:
+    """Return gunicorn's class of asynchronous workers, with what it lacks."""
+    from gunicorn.asgi.protocol import ASGIProtocol
+    from gunicorn.workers.gasgi import ASGIWorker
+
+    if missing := missing_in(ASGIProtocol, ASGIWorker):
+        text = "this gunicorn has no %s: slow clients, idle connections and floods cost more"
+        mest_app.logger.warning(text, ", ".join(missing))
+        return ASGIWorker
+
+    protocol = protocol_for(mest_app)
+
     class Worker(ASGIWorker):
         is_serving = False
 
         def _setup_event_loop(self) -> None:
             super()._setup_event_loop()
-            self.protocols: set[Protocol] = set()
+            self.protocols: set[ASGIProtocol] = set()
             listen, size = self.loop.create_server, self.cfg.backlog  # asyncio makes that 100
             self.loop.create_server = lambda _, **rest: listen(
-                lambda: Protocol(self), backlog=size, **rest
+                lambda: protocol(self), backlog=size, **rest
             )
 
-        def init_signals(self) -> None:  # only the master decides when to stop, and says so by
-            for number in self.SIGNALS:  # DISMISS, even if the whole process group gets a signal
+        def init_signals(self) -> None:
+            """Heed DISMISS alone: a signal to the whole process group is the master's business."""
+            for number in self.SIGNALS:
                 signal.signal(number, signal.SIG_DFL if number == DISMISS else signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {DISMISS})
 
-        def run(self) -> None:  # handlers in the event loop would not run before this
+        def run(self) -> None:
+            """Serve, with handlers of signals that would not have run while the models loaded."""
             for number, handler in ((DISMISS, self.handle_exit_signal),
                                     (signal.SIGQUIT, self.handle_quit_signal),
                                     (signal.SIGUSR1, self.handle_usr1_signal)):
@@ -2427,9 +2441,9 @@ def worker_for(mest_app: Mest) -> type:
             await super()._shutdown()
 
         def close_idle(self) -> None:
-            for protocol in [*self.protocols]:
-                if protocol._current_request is None and protocol._callback_parser:
-                    protocol._keepalive_timeout()
+            for connection in [*self.protocols]:
+                if connection._current_request is None and connection._callback_parser:
+                    connection._keepalive_timeout()
 
     return Worker
 
@@ -2535,6 +2549,33 @@ def master_for(mest_app: Mest) -> type:
     return Master
 
 
+def settings_for(mest_app: Mest, bind: str) -> dict[str, Any]:
+    """Return the settings of gunicorn that a Mest asks for."""
+    from gunicorn.glogging import Logger
+
+    class Log(Logger):
+        def setup(self, cfg: Any) -> None:
+            super().setup(cfg)
+            own = cfg.logconfig or cfg.logconfig_dict or cfg.logconfig_json
+            if cfg.errorlog == "-" and not own:
+                self.error_log.handlers = [LogHandler(mest_app.config.log_format)]
+
+    return {
+        "bind": bind,
+        "workers": mest_app.config.workers,
+        "worker_class": worker_for(mest_app),
+        "worker_connections": mest_app.config.max_connections,
+        "graceful_timeout": mest_app.config.graceful_timeout,
+        "asgi_lifespan": "on",
+        "asgi_disconnect_grace_period": 0,  # who has left is not waited for
+        "keepalive": 75,  # seconds; load balancers keep idle connections for 60
+        "loglevel": "warning",
+        "logger_class": Log,
+        "control_socket_disable": True,  # it writes to $HOME, which containers may lack
+        "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
+    }
+
+
 def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
     """Return gunicorn's application for a Mest, configured.
 
@@ -2542,17 +2583,9 @@ def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
     """
     from gunicorn.app.base import Application, BaseApplication
     from gunicorn.errors import AppImportError
-    from gunicorn.glogging import Logger
     from gunicorn.workers.gasgi import ASGIWorker
 
     config = mest_app.config
-
-    class Log(Logger):
-        def setup(self, cfg: Any) -> None:
-            super().setup(cfg)
-            own = cfg.logconfig or cfg.logconfig_dict or cfg.logconfig_json
-            if cfg.errorlog == "-" and not own:
-                self.error_log.handlers = [LogHandler(config.log_format)]
 
     class Run(BaseApplication):
         def run(self) -> None:
@@ -2565,20 +2598,7 @@ def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
         def init(self, parser: Any, opts: Any, args: list[str]) -> dict[str, Any]:
             if args:
                 parser.error(f"{args[0]} is no option; mest --app names the application")
-            return {
-                "bind": bind,
-                "workers": config.workers,
-                "worker_class": worker_for(mest_app),
-                "worker_connections": config.max_connections,
-                "graceful_timeout": config.graceful_timeout,
-                "asgi_lifespan": "on",
-                "asgi_disconnect_grace_period": 0,  # who has left is not waited for
-                "keepalive": 75,  # seconds; load balancers keep idle connections for 60
-                "loglevel": "warning",
-                "logger_class": Log,
-                "control_socket_disable": True,  # it writes to $HOME, which containers may lack
-                "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
-            }
+            return settings_for(mest_app, bind)
 
         def load_config(self) -> None:
             argv, sys.argv = sys.argv, ["mest run gunicorn --", *options]
