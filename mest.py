@@ -2,18 +2,16 @@
 
 A whole service, which `mest run dev` serves here and `mest run gunicorn` in production:
 
-    from mest import GenericModel, Mest, MestConfig, Router
+    from mest import GenericModel, Mest
 
     class Doubler(GenericModel):
         def init(self, directory_path):
             self.model = 2
-        def infer(self, x):
+        def infer(self, x: float):
             return {"y": self.model * x}
 
-    doubler, router = Doubler(), Router("v1")
-    router.add_predict_route(doubler, schema={"x": {"type": "float", "required": True}})
-    mest_app = Mest(MestConfig("doubler", 8000, models_instances=[doubler])).setup()
-    mest_app.register_router(url="/", router=router)
+    mest_app = Mest("doubler")
+    mest_app.router.add_predict_route(Doubler())
 
 The path of a request, through the sections JSON, Parameters, Models and Routes:
 
@@ -33,12 +31,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import code
 import contextlib
 import copy
 import faulthandler
 import functools
 import gc
+import hashlib
+import hmac
 import importlib
 import inspect
 import itertools
@@ -64,11 +65,12 @@ from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError  # its own before Python 3.11
 from contextvars import Context, ContextVar, copy_context
 from datetime import datetime, timezone
+from difflib import get_close_matches
 from io import BytesIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import FunctionType, ModuleType, SimpleNamespace
-from typing import Any
+from types import FunctionType, ModuleType, SimpleNamespace, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 import cerberus
@@ -79,8 +81,9 @@ from flask.blueprints import BlueprintSetupState
 from flask.json.provider import DefaultJSONProvider
 from flask.sessions import SecureCookieSessionInterface
 from werkzeug.datastructures import MultiDict
-from werkzeug.exceptions import HTTPException
-from werkzeug.routing import Map, Rule
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.routing import AnyConverter, Map, Rule, UUIDConverter
+from werkzeug.routing.converters import NumberConverter
 from werkzeug.serving import is_running_from_reloader, run_simple
 from werkzeug.wsgi import get_input_stream
 
@@ -106,17 +109,21 @@ class Problem(MestError, HTTPException):
         detail: what went wrong, for the client to read.
         errors: Cerberus's errors, by field.
         headers: further headers, such as {"Retry-After": "1"}.
+        **members: further members of the answer, which are JSON.
     """
 
     def __init__(
-        self, status: int, detail: str, errors: dict | None = None, headers: dict | None = None
+        self, status: int, detail: str, errors: dict | None = None, headers: dict | None = None,
+        **members: Any,
     ):
         HTTPException.__init__(self, detail)
-        self.code, self.errors, self.headers = status, errors, headers or {}
+        self.code, self.headers = status, headers or {}
+        self.errors, self.members = errors, members
 
     def get_body(self, environ: Any = None, scope: Any = None) -> str:
         body = {"type": "about:blank", "title": self.name, "status": self.code}
         body |= {"detail": self.description, "errors": self.errors, "request_id": request_id()}
+        body |= self.members
         return json.dumps({name: value for name, value in body.items() if value is not None}) + "\n"
 
     def get_headers(self, environ: Any = None, scope: Any = None) -> list[tuple[str, str]]:
@@ -131,12 +138,15 @@ def as_problem(error: BaseException, service: Any, asked: str) -> HTTPException:
 
     What Werkzeug and `flask.abort` raise keeps its status and headers. All else is a defect of the
     service, which has a `logger` and an `app`: it is logged with its traceback and what was asked,
-    and the client is told nothing but the request's id.
+    and the client is told nothing but the request's id, unless the service `is_in_development`.
     """
     if not isinstance(error, HTTPException):
         service.logger.error("%s failed: %r", asked, error, exc_info=error)
         flask.got_request_exception.send(service.app, exception=error)
-        return Problem(500, FAILED)
+        if not service.is_in_development:
+            return Problem(500, FAILED)
+        text = "".join(own_traceback(error))
+        return Problem(500, f"{type(error).__name__}: {error}", traceback=text.splitlines())
     if isinstance(error, Problem) or error.response is not None or (error.code or 0) < 400:
         return error
     headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
@@ -171,15 +181,18 @@ def sane_id(sent: str) -> str:
     return sent if sane else f"{IDS.getrandbits(128):032x}"
 
 
+def own_traceback(error: BaseException) -> list[str]:
+    """Return the traceback of a failure in the user's own code, from where that begins."""
+    trace = error.__traceback__
+    ours = re.compile(rf"{re.escape(__name__)}$|importlib\b")
+    while trace and ours.match(trace.tb_frame.f_globals["__name__"]):
+        trace = trace.tb_next
+    return traceback.format_exception(type(error), error, trace)
+
+
 def report(error: MestError) -> str:
     """Return the message about a failure, below the traceback if the user's own code raised it."""
-    cause, lines = error.__cause__, []
-    if cause:
-        trace = cause.__traceback__
-        ours = re.compile(rf"{re.escape(__name__)}$|importlib\b")
-        while trace and ours.match(trace.tb_frame.f_globals["__name__"]):
-            trace = trace.tb_next
-        lines = traceback.format_exception(type(cause), cause, trace)
+    lines = own_traceback(error.__cause__) if error.__cause__ else []
     return "".join([*lines, f"mest: {error}"])
 
 
@@ -206,9 +219,10 @@ class MestConfig:
     """The configuration of a service. `MEST_<FIELD>` in the environment beats what is given here.
 
     Args:
-        service_name: names the logger and the answers to pings.
+        service_name: names the logger, the documentation and the answers to pings.
         listen_port: the TCP port.
-        models_instances: the models: GenericModels, or others with `init(directory_path)`.
+        models_instances: models to load, GenericModels or others with `init(directory_path)`, in
+            addition to those of predict routes.
         local_model_directory_path: the directory that each model's `init` is given.
         environ: where MEST_ variables are looked up; os.environ by default.
         **fields: any other of MestConfig.FIELDS.
@@ -221,6 +235,7 @@ class MestConfig:
     FIELDS = {
         "listen_port": (8000, range(65536), "TCP port; 0 picks a free one"),
         "local_model_directory_path": ("_models", str, "directory given to each model's init"),
+        "service_version": ("", str, "version of the service, shown in its documentation"),
         "listen_host": ("", str, "address; by default 127.0.0.1, and 0.0.0.0 under gunicorn"),
         "workers": (1, (range(1, 1025), "auto"), "processes of gunicorn; auto is one for each CPU"),
         "threads": (16, range(1, 1025), "handlers that run at once, in each process"),
@@ -234,6 +249,10 @@ class MestConfig:
         "liveness_timeout": (600, range(86401), "seconds a model may take at once; 0: for ever"),
         "drain_seconds": (5, range(3601), "seconds of service, after SIGTERM, as not ready"),
         "graceful_timeout": (30, range(1, 3601), "seconds, after that, for requests to finish"),
+        "api_key": ("", str, "keys, one of which clients must send, with commas between them"),
+        "api_key_file": ("", str, "file that has the keys instead, such as a mounted secret"),
+        "protect_metrics": (False, bool, "whether /metrics needs a key, too"),
+        "docs": (True, bool, "whether there are /docs and /openapi.json"),
         "access_log": (False, bool, "whether each request is logged"),
         "log_level": ("INFO", ("DEBUG", "INFO", "WARNING", "ERROR"), "least severity logged"),
         "log_format": ("auto", ("auto", "json", "text"), "auto is text on a terminal, else json"),
@@ -269,6 +288,23 @@ class MestConfig:
             setattr(self, name, self.convert(name, value, source))
         if self.workers == "auto":
             self.workers = available_cpus()
+        #: one of them a request must have, if there are any
+        self.api_keys = read_keys(environ, "MEST_API_KEY") or read_keys(fields, "api_key")
+        self.api_key = ""  # so that nothing that shows a configuration shows keys
+        #: what may be wrong
+        self.doubts = list(self._doubts(environ))
+
+    @classmethod
+    def _doubts(cls, environ: Mapping[str, str]) -> Iterator[str]:
+        """Yield a message about each variable that looks like a setting and is none."""
+        known = ["MEST_APP", *(f"MEST_{name.upper()}" for name in cls.FIELDS)]
+        for name in environ.keys() - {*known}:
+            # Kubernetes sets such variables for a service that is named mest.
+            foreign = re.match("MEST_(SERVICE|PORT)_", name) or environ[name].startswith("tcp://")
+            if name.startswith("MEST_") and not foreign:
+                close = get_close_matches(name, known, 1)
+                meant = f"did you mean {close[0]}?" if close else "it has no effect"
+                yield f"{name} in the environment is no setting; {meant}"
 
     @classmethod
     def convert(cls, name: str, value: Any, source: str) -> Any:
@@ -287,11 +323,37 @@ class MestConfig:
                 if (text := str(value).lower()) in switch:
                     return switch[text]
                 words.append("true or false")
-            elif value == option or option is str and isinstance(value, (str, Path)):
+            elif option is str and isinstance(value, (str, Path)):
                 return value
+            elif str(value).lower() == str(option).lower():
+                return option
             else:
                 words.append("text" if option is str else option)
-        raise MestError(f"{source} is {value!r}; it must be {' or '.join(words)} ({meaning})")
+        shown = "unusable" if name == "api_key" else repr(value)
+        raise MestError(f"{source} is {shown}; it must be {' or '.join(words)} ({meaning})")
+
+
+def read_keys(given: Mapping[str, Any], name: str) -> list[bytes]:
+    """Return the API keys that are given under a name, or in a file that is.
+
+    Raises:
+        MestError: there is no key where there should be one: that must not mean that none is needed.
+    """
+    names = {name, (name + "_file", name + "_FILE")[name.isupper()]} & given.keys()
+    if len(names) > 1:
+        raise MestError(f"{' and '.join(sorted(names))} are both given; give one of them")
+    for source in names:
+        try:
+            own = source == name
+            text = str(given[source]) if own else Path(given[source]).read_text("latin-1")
+        except OSError as error:
+            raise MestError(f"{source} cannot be read: {error}") from None
+        keys = [key.strip() for key in text.split(",")]
+        if not all(re.fullmatch("[!-~]+", key) for key in keys):
+            needed = "keys of visible ASCII characters, with commas between them"
+            raise MestError(f"{source} has an empty or unusable key; it must have {needed}")
+        return [key.encode() for key in keys]
+    return []
 
 
 # Logging
@@ -361,7 +423,11 @@ def _plain(value: Any) -> Any:
     for method in ("tolist", "item"):
         if hasattr(value, method):
             return getattr(value, method)()
-    return DefaultJSONProvider.default(value)
+    try:
+        return DefaultJSONProvider.default(value)
+    except TypeError:
+        kind, cure = type(value).__name__, "return a dictionary, list, number, text or array"
+        raise TypeError(f"a {kind} in the result has no form in JSON; {cure}") from None
 
 
 DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
@@ -466,6 +532,8 @@ def _with_plain_keys(value: Any) -> Any:
 MAX_ERRORS = 20
 #: Fields of a form. More are a list, which belongs in JSON.
 MAX_FIELDS = 1000
+#: Methods of requests whose parameters are in the body, as a rule.
+BODY_METHODS = {"POST", "PUT", "PATCH"}
 #: Rules that Cerberus tries on a document as it is, without normalizing it.
 LOGIC = {"allof", "anyof", "noneof", "oneof"}
 #: What each type of a JSON value may stand for in a schema.
@@ -486,12 +554,15 @@ def decode_body(method: str, content_type: str, coding: str, body: bytes) -> dic
         Problem: 400, 413, 415 or 422, saying what to send instead.
     """
     media_type, is_json = media_type_of(content_type)
-    if not body and not (is_json and method in ("POST", "PUT", "PATCH")):
+    if not body and not (is_json and method in BODY_METHODS):
         return {}
     if coding not in ("", "identity"):
         raise Problem(415, f"The body is encoded with {coding}; send it uncompressed.")
     if is_json:
         return decode_object(body)
+    if media_type == "application/x-www-form-urlencoded" and body.lstrip().startswith(b"{"):
+        cure = "send it with the header Content-Type: application/json"
+        raise Problem(415, f"The body looks like JSON and is declared to be a form; {cure}.")
     if media_type == "application/x-www-form-urlencoded" and body.count(b"&") >= MAX_FIELDS:
         raise Problem(413, f"There are more than {MAX_FIELDS} fields; send JSON instead.")
     if media_type in ("application/x-www-form-urlencoded", "multipart/form-data"):
@@ -812,7 +883,7 @@ class Parameters:
         try:
             self.schema = Validator(_copied(schema)).schema
         except Exception as error:  # Cerberus stumbles over some mistakes
-            raise MestError(f"{owner}: the schema is wrong: {error}") from None
+            raise MestError(f"{owner}: the schema is wrong: {error}{_meant(str(error))}") from None
         self.surely = Check(self.schema)
         self._checks: dict = {}  # of lists within, as they are needed
         if not isinstance(example, (dict, type(None))):
@@ -871,6 +942,101 @@ class Parameters:
         if fault := fault_of(validator.document):  # coercion may have made it
             raise Problem(422, f"A parameter {fault}.", errors={})
         return validator.document
+
+
+#: What Python's types are called in Cerberus's schemas.
+PYTHON_TYPES = {
+    bool: "boolean", bytes: "binary", dict: "dict", float: "number", int: "integer", list: "list",
+    str: "string",
+}
+
+
+def rules_of(annotation: Any) -> dict[str, Any]:
+    """Return the rules that an annotation stands for, or raise a TypeError if it is for none."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in PYTHON_TYPES:
+        return {"type": PYTHON_TYPES[annotation]}
+    if origin is Literal:
+        kinds = {PYTHON_TYPES[type(value)] for value in arguments}
+        return {"type": sorted(kinds), "allowed": list(arguments)}
+    if origin is list:
+        return {"type": "list", "schema": rules_of(*arguments)}
+    if origin is dict:
+        return {"type": "dict", "valuesrules": rules_of(arguments[1])}
+    if origin in (Union, UnionType) and type(None) in arguments:
+        (other,) = set(arguments) - {type(None)}
+        return {**rules_of(other), "nullable": True}
+    raise TypeError(f"the annotation {annotation} stands for no rules")
+
+
+def schema_of(function: Callable) -> dict[str, dict]:
+    """Return the schema that a function's arguments and their annotations stand for.
+
+    Raises:
+        MestError: an argument has no annotation, or none of these: bool, int, float, str, bytes,
+            list[…], dict[str, …], Literal[…], and any of them or None.
+    """
+    try:
+        arguments = inspect.signature(function, eval_str=True).parameters
+    except Exception as error:  # annotations may be any text
+        raise MestError(f"the annotations of {function.__qualname__}() are wrong: {error}") from None
+    schema = {}
+    for name, argument in arguments.items():
+        try:
+            schema[name] = rules_of(argument.annotation)
+        except (TypeError, ValueError, KeyError):
+            where = f"{name} of {function.__qualname__}()"
+            cure = f"annotate it, as in {name}: float, or give a schema"
+            raise MestError(f"no schema can be made for {where}; {cure}") from None
+        if argument.default is argument.empty:
+            schema[name]["required"] = True
+        else:
+            schema[name]["default"] = argument.default
+            schema[name] |= {"nullable": True} if argument.default is None else {}
+    return schema
+
+
+def check_fit(function: Callable, schema: Mapping, variables: set[str]) -> None:
+    """Raise a MestError unless a function can take the fields of a schema and an url's variables.
+
+    Otherwise a request would find it out, and get an answer with the status 500.
+    """
+    try:
+        arguments = inspect.signature(function, follow_wrapped=False).parameters.values()
+    except (TypeError, ValueError):  # it is built in
+        return
+    rules = {field: resolved(rules) for field, rules in schema.items()}
+    if any("rename_handler" in own for own in rules.values()):
+        return
+    names = {field: own.get("rename", field) for field, own in rules.items()}
+    sure = {
+        names[field] for field, own in rules.items()
+        if own.get("required") or own.keys() & {"default", "default_setter"} or field in variables
+    }
+    given = {*names.values()} | variables - names.keys()
+    taken = {a.name for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)}
+    needed = {a.name for a in arguments if a.name in taken and a.default is a.empty}
+    takes_any = any(argument.kind is argument.VAR_KEYWORD for argument in arguments)
+    owner, fault = getattr(function, "__qualname__", repr(function)), ""
+    for name in sorted(given - taken if not takes_any else ()):
+        place = "schema" if name in names.values() else "url"
+        fault = f"does not take {name!r}, which is in the {place}; add it to the arguments"
+    for name in sorted(needed & given - sure - variables):
+        fault = f"needs {name!r}, which requests may lack; make it required, or give it a default"
+    for name in sorted(needed - given):
+        cure = "add it to one of them" if schema else "is @validate_params missing below the route?"
+        fault = f"takes {name!r}, which is neither in the schema nor in the url; {cure}"
+    if fault:
+        raise MestError(f"{owner}() {fault}")
+
+
+def _meant(error: str) -> str:
+    """Return what a misspelt rule or type in Cerberus's error about a schema may have meant."""
+    wrong = re.search(r"'(\w+)': \['unknown rule'\]|Unsupported types: (\w+)", error)
+    known = (Validator.rules, Validator.types_mapping)[bool(wrong and wrong[2])]
+    close = get_close_matches(wrong[1] or wrong[2], known) if wrong else []
+    manual = "see https://docs.python-cerberus.org/validation-rules.html"
+    return f"; did you mean {close[0]!r}?" if close else f"; {manual}"
 
 
 def _copied(schema: Any) -> Any:
@@ -1087,9 +1253,7 @@ class GenericModel:
             Problem: 503 if `max_queued_requests` wait already, 504 after `request_timeout`.
         """
         result = self._turns.run(self.pre_process(**params))
-        if type(self).post_process is GenericModel.post_process:
-            return result
-        return pass_on(result, self.post_process)
+        return pass_on(result, self.post_process) if own_stage(self, "post_process") else result
 
     def __getstate__(self) -> dict[str, Any]:
         state = vars(self).items()  # a copy has turns of its own
@@ -1100,6 +1264,17 @@ class GenericModel:
     def _turns(self) -> Turns:
         key = f"_turns_{os.getpid()}"  # neither threads nor locks come through a fork
         return vars(self).get(key) or vars(self).setdefault(key, Turns(self))
+
+
+def own_stage(model: Any, name: str) -> Callable | None:
+    """Return a stage that a model or its class has of its own, or None if that is GenericModel's."""
+    stage = getattr(model, name, None)
+    return None if getattr(stage, "__func__", None) is vars(GenericModel)[name] else stage
+
+
+def first_stage(model: Any) -> Callable | None:
+    """Return the stage that takes the parameters, or None where `infer_batch` takes them as one."""
+    return own_stage(model, "predict") or own_stage(model, "pre_process") or own_stage(model, "infer")
 
 
 def pass_on(value: Any, stage: Callable) -> Any:
@@ -1173,8 +1348,7 @@ class Turns:
     """
 
     def __init__(self, model: GenericModel):
-        batches = type(model).infer_batch is not GenericModel.infer_batch
-        self.batching = batches and model.max_batch_size > 1
+        self.batching = bool(own_stage(model, "infer_batch")) and model.max_batch_size > 1
         self.model, self.queue = model, SimpleQueue()
         #: How many requests are in the queue or in the model.
         self.waiting = 0
@@ -1294,7 +1468,7 @@ class Turns:
 
     def outcomes(self, payloads: list) -> list:
         """Return the result or the exception of each payload, from the model."""
-        if self.batching or type(self.model).infer is GenericModel.infer:
+        if self.batching or not own_stage(self.model, "infer"):
             return results_of(self.model, payloads)
         try:
             return [pass_on(payload, self.model.infer) for payload in payloads]
@@ -1314,7 +1488,8 @@ def service() -> Any:
         return mest_app
     app = current_app._get_current_object()
     here = {"config": MestConfig(app.name, environ={}), "app": app, "logger": app.logger}
-    return SimpleNamespace(**here, draining=False, metrics=Metrics(), answered=lambda *args: None)
+    here |= {"draining": False, "is_in_development": False, "metrics": Metrics()}
+    return SimpleNamespace(**here, answered=lambda *args: None)
 
 
 def validate_params(schema: dict, example: dict | None = None) -> Callable[[Callable], Callable]:
@@ -1337,6 +1512,7 @@ def validate_params(schema: dict, example: dict | None = None) -> Callable[[Call
                 return handler(*args, **variables)
             return call(**read_parameters(parameters, variables))
 
+        validated.parameters = parameters  # for documentation
         return validated
 
     return decorate
@@ -1429,6 +1605,21 @@ def end_request(error: BaseException | None = None) -> None:
         metrics.add(-1, "mest_requests_in_progress")
 
 
+def admit(config: MestConfig, authorization: str, key: str) -> None:
+    """Raise a Problem, 401, unless a request has one of the API keys, where there are any.
+
+    It is sent as a bearer token (RFC 6750, section 2.1) in Authorization, or in X-API-Key.
+    """
+    scheme, _, token = authorization.partition(" ")
+    sent = [key.strip(), token.strip() if scheme.lower() == "bearer" else ""]
+    pairs = itertools.product(config.api_keys, [text.encode("latin-1", "replace") for text in sent])
+    if config.api_keys and not any([hmac.compare_digest(*pair) for pair in pairs]):
+        cure = "send one, as Authorization: Bearer KEY or as X-API-Key: KEY"
+        what = "The API key is wrong" if any(sent) else "An API key is needed"
+        error = ' error="invalid_token"' if any(sent) else ""
+        raise Problem(401, f"{what}; {cure}.", headers={"WWW-Authenticate": f"Bearer{error}"})
+
+
 def as_sync(handler: Callable) -> Callable:
     """Return the handler itself or, if it is asynchronous, what Flask makes of it."""
     if not inspect.iscoroutinefunction(handler):
@@ -1438,12 +1629,15 @@ def as_sync(handler: Callable) -> Callable:
 
 def as_view(handler: Callable) -> Callable:
     """Return a Flask view that answers with what the handler returns or raises."""
-    call = as_sync(handler)
+    call, needs_key = as_sync(handler), getattr(handler, "needs_key", True)
 
     @functools.wraps(handler)
     def view(**variables: Any) -> Any:
         begin_request()
         try:
+            if needs_key:
+                sent = request.headers
+                admit(service().config, sent.get("Authorization", ""), sent.get("X-API-Key", ""))
             return finish_request(to_response(call(**variables)))
         except (Exception, SystemExit) as error:  # sys.exit would take the whole process along
             if current_app.debug and not isinstance(error, HTTPException):
@@ -1453,14 +1647,19 @@ def as_view(handler: Callable) -> Callable:
         finally:
             end_request()
 
+    view.needs_key = needs_key
     return view
 
 
 class Prediction:
     """The handler of a predict route, which needs nothing of Flask but the request's values."""
 
+    needs_key = True
+
     def __init__(self, model: Any, parameters: Parameters):
         self.model, self.parameters = model, parameters
+        name = type(model).__name__
+        self.__doc__ = vars(type(model)).get("__doc__") or f"A prediction of {name}."
 
     def __call__(self, **variables: Any) -> flask.Response:
         """Answer the Flask request."""
@@ -1479,15 +1678,18 @@ class Prediction:
 
     def require_model(self) -> None:
         if not getattr(self.model, "is_loaded", True):
-            cure = "put it into models_instances, and call mest_app.setup()"
-            raise MestError(f"{self.model!r} is not loaded; {cure}")
+            raise MestError(f"{self.model!r} is not loaded; call mest_app.setup()")
 
 
 class Probe:
     """The handler of a route that tells of the service itself: it needs nothing of the request."""
 
-    def __init__(self, answer: Callable[[], tuple[bytes, str]]):
-        self.answer = answer
+    def __init__(
+        self, answer: Callable[[], tuple[bytes, str]], needs_key: bool = False,
+        media_type: str = "application/json",
+    ):
+        self.answer, self.needs_key, self.media_type = answer, needs_key, media_type
+        self.__doc__ = answer.__doc__
 
     def __call__(self) -> flask.Response:
         content, content_type = self.answer()
@@ -1538,31 +1740,43 @@ class Router:
         return decorate
 
     def add_predict_route(
-        self, model: Any, schema: dict, url: str = "/predict", method: str = "POST",
+        self, model: Any, schema: dict | None = None, url: str = "/predict", method: str = "POST",
         example: dict | None = None,
     ) -> None:
         """Answer requests to an url with `model.predict(**params)` of the checked parameters.
 
         Args:
-            model: a GenericModel, or another object with `predict`.
+            model: a GenericModel, which the Mest then loads, or another object with `predict`.
+            schema: as in Parameters; without it, what the annotations of the model's first stage,
+                `pre_process` or `infer`, stand for.
             url: relative to the router's; its variables are passed to `predict` too.
             method: the HTTP method.
-            schema, example: as in Parameters.
+            example: as in Parameters.
         """
         owner = f"the predict route {url!r} of router {self.name!r}"
         if isinstance(model, type) or not callable(getattr(model, "predict", None)):
-            raise MestError(f"{owner} has the model {model!r}; it must be an object with predict()")
+            cure = "it must be an object with predict(), an instance and not a class"
+            raise MestError(f"{owner} has the model {model!r}; {cure}")
+        stages = "predict", "infer", "infer_batch"
+        if isinstance(model, GenericModel) and not any(own_stage(model, name) for name in stages):
+            raise MestError(f"{owner}: {type(model).__name__} has neither infer() nor infer_batch()")
+        if schema is None:
+            if not (first := first_stage(model)):
+                raise MestError(f"{owner} has no schema, and infer_batch() tells nothing about it")
+            schema = schema_of(first)
         self._add_own(url, method, Prediction(model, Parameters(schema, example, owner)))
 
     def add_ping_route(self, url: str = "/ping", method: str = "GET") -> None:
         """Answer requests to an url with the name of the service, or 503 while it shuts down."""
 
         def ping() -> dict[str, str]:
+            """The name of the service, if that is up."""
             name = service().config.service_name
             if service().draining:
                 raise Problem(503, f"{name} is shutting down.")
             return {"message": f"{name} is up"}
 
+        ping.needs_key = False  # it is a probe
         self._add_own(url, method, ping)
 
     def _add_own(self, url: str, method: str, handler: Callable) -> None:
@@ -1591,8 +1805,33 @@ class Router:
             same = _shape(other.rule) == _shape(full)
             if same and methods & taken and (other.subdomain or "", other.host) == host:
                 clash = f"{' '.join(methods & taken)} {full} of router {self.name!r}"
-                raise MestError(f"{clash} is a route already, of the endpoint {other.endpoint!r}")
+                owner = f"of the endpoint {other.endpoint!r}; give one of them another url"
+                owner += ", or set docs=False" if other.endpoint.startswith("mest_docs.") else ""
+                raise MestError(f"{clash} is a route already, {owner}")
+        app, handler = registration.app, view.__wrapped__
+        variables = {*VARIABLE.findall(f"{full} {host}")}
+        variables |= {*options.get("defaults", ()), *registration.url_defaults}
+        if not any(app.url_value_preprocessors.values()):  # which may change the variables
+            check_route(full, handler, variables)
         registration.add_url_rule(url, view_func=view, **options)
+        if isinstance(handler, Prediction) and "mest" in app.extensions:
+            app.extensions["mest"].adopt(handler.model)
+
+
+def check_route(url: str, handler: Any, variables: set[str]) -> None:
+    """Raise a MestError if requests to an url would fail for what its handler can take."""
+    parameters, function = getattr(handler, "parameters", None), handler
+    if isinstance(handler, Prediction):
+        function = first_stage(handler.model)
+    elif parameters:
+        function = handler.__wrapped__
+        parameters = None if hasattr(function, "parameters") else parameters  # decorated once more
+        function = function if parameters else handler
+    if function:
+        try:
+            check_fit(function, parameters.schema if parameters else {}, variables)
+        except MestError as error:
+            raise MestError(f"the route {url}: {error}") from None
 
 
 def _shape(url: str) -> str:
@@ -1802,11 +2041,7 @@ class Direct:
         self.is_probe = isinstance(handler, Probe)
         stages = "predict", "pre_process", "post_process"
         #: the stages that the model or its class has of its own; all, if it is no GenericModel
-        self.own = set() if self.is_probe else {s for s in stages if self.has_own(handler.model, s)}
-
-    def has_own(self, model: Any, stage: str) -> bool:
-        method = getattr(getattr(model, stage, None), "__func__", None)
-        return method is not vars(GenericModel)[stage]
+        self.own = set() if self.is_probe else {s for s in stages if own_stage(handler.model, s)}
 
 
 class Edge:
@@ -1966,6 +2201,9 @@ class Edge:
         self, direct: Direct, scope: dict, headers: dict, body: bytes, variables: dict
     ) -> tuple[bytes, str] | None:
         """Return what a direct route answers and its type, or None if only Flask can tell."""
+        if direct.handler.needs_key:
+            texts = (headers.get(k, b"").decode("latin-1") for k in (b"authorization", b"x-api-key"))
+            admit(self.config, *texts)
         if direct.is_probe:
             return direct.handler.answer()
         kind = headers.get(b"content-type", b"").decode("latin-1")
@@ -2101,17 +2339,261 @@ class Passage:
         return environ
 
 
+# Documentation
+
+#: What Cerberus's types are in JSON.
+JSON_TYPES = {
+    "binary": "string", "boolean": "boolean", "date": "string", "datetime": "string",
+    "dict": "object", "float": "number", "integer": "integer", "list": "array", "number": "number",
+    "set": "array", "string": "string",
+}
+FORMATS = {"binary": "binary", "date": "date", "datetime": "date-time"}
+#: What Cerberus's limits are called in JSON Schema, for each type that they limit.
+NUMERIC = {"min": "minimum", "max": "maximum"}
+LIMITS = {
+    "number": NUMERIC, "integer": NUMERIC,
+    "string": {"minlength": "minLength", "maxlength": "maxLength"},
+    "array": {"minlength": "minItems", "maxlength": "maxItems"},
+    "object": {"minlength": "minProperties", "maxlength": "maxProperties"},
+}
+#: Parts of Python's regular expressions that other languages lack.
+PYTHONIC = re.compile(r"\(\?[^:=!]|\\[AZ]")
+VARIABLE = re.compile(r"<(?:[^<>]*:)?(\w+)>")
+
+
+def json_schema(rules: Any, *inherited: bool) -> dict[str, Any]:
+    """Return what a value must be by Cerberus's rules, as a JSON Schema (draft 2020-12).
+
+    It says what that can say. Of a value that the service converts first, it says nothing.
+    """
+    rules = resolved(rules)
+    schema = {"default": rules["default"]} if "default" in rules else {}
+    if isinstance(rules.get("meta"), dict) and "description" in rules["meta"]:
+        schema["description"] = rules["meta"]["description"]
+    if "coerce" in rules or not JSON_TYPES.keys() >= set(types_of(rules)):
+        return schema
+    kinds = [*dict.fromkeys(JSON_TYPES[kind] for kind in types_of(rules))]
+    kinds = kinds or ["string", "number", "boolean", "object", "array"]
+    schema |= {"format": FORMATS[kind] for kind in types_of(rules) if kind in FORMATS}
+    nullable = [None] if rules.get("nullable") or "default" in rules else []  # it replaces null
+    names = kinds + ["null"] if nullable else kinds
+    schema["type"] = names if len(names) > 1 else names[0]
+    limits = rules if rules.get("empty", True) else {"minlength": 1, **rules}
+    for rule, keyword in itertools.chain(*(LIMITS.get(kind, {}).items() for kind in kinds)):
+        if type(bound := limits.get(rule)) in (int, float) and math.isfinite(bound):
+            schema[keyword] = bound
+    if "string" in kinds and not PYTHONIC.search(rules.get("regex", "")) and "regex" in rules:
+        schema["pattern"] = f"^(?:{rules['regex'].removesuffix('$')}$)"
+    if kinds == ["array"]:
+        schema["items"] = json_schema(rules.get("schema"), *inherited) if "schema" in rules else {}
+        if "allowed" in rules:
+            schema["items"]["enum"] = [*rules["allowed"]]
+    elif "allowed" in rules:
+        schema["enum"] = [*rules["allowed"], *nullable]
+    if "items" in rules:
+        schema["prefixItems"] = [json_schema(item, *inherited) for item in rules["items"]]
+        schema |= {"items": False, "minItems": len(rules["items"])}
+    if kinds == ["object"]:
+        schema |= _object_schema(rules, *inherited)
+    for rule in LOGIC & rules.keys():
+        shared = {name: rules[name] for name in ("type", "nullable") if name in rules}
+        each = [json_schema({**shared, **others}, *inherited) for others in rules[rule]]
+        schema[rule.replace("of", "Of")] = each
+    never = schema.pop("noneOf", [])
+    never += [{"enum": [*rules["forbidden"]]}] if "forbidden" in rules else []
+    return {**schema, "not": never[0] if len(never) == 1 else {"anyOf": never}} if never else schema
+
+
+def _object_schema(rules: Mapping, unknown: Any = False, required: Any = False) -> dict[str, Any]:
+    """Return what the rules of a dictionary say about its fields."""
+    schema: dict[str, Any] = {}
+    unknown, required = rules.get("allow_unknown", unknown), rules.get("require_all", required)
+    if "schema" in rules:
+        schema |= fields_schema(rules["schema"], unknown, required)
+    if "valuesrules" in rules:
+        schema["additionalProperties"] = json_schema(rules["valuesrules"], unknown, required)
+    if "keysrules" in rules:
+        schema["propertyNames"] = json_schema(rules["keysrules"])
+    return schema
+
+
+def fields_schema(fields: Any, unknown: Any = False, required: Any = False) -> dict[str, Any]:
+    """Return a Cerberus schema as the JSON Schema of an object."""
+    fields = cerberus.schema_registry.get(fields) if isinstance(fields, str) else fields
+    fields = {str(field): resolved(rules) for field, rules in (fields or {}).items()}
+    known = {field: rules for field, rules in fields.items() if not rules.get("readonly")}
+    filled = {"default", "default_setter", "excludes"}
+    return {
+        "type": "object",
+        "properties": {f: json_schema(rules, unknown, required) for f, rules in known.items()},
+        "required": [f for f in known if known[f].get("required", required) and not filled & known[f].keys()],
+        "additionalProperties": unknown if isinstance(unknown, bool) else json_schema(unknown),
+    }
+
+
+#: What the answers to requests that fail mean. They are problem details.
+PROBLEMS = {
+    400: "The body cannot be read.", 401: "The API key is missing or wrong.",
+    404: "There is no such thing.", 408: "The body came too slowly.", 413: "The body is too long.",
+    415: "The body is of a type that is not taken.", 422: "The parameters are not valid.",
+    500: "The service failed.", 503: "The service is not ready, or has too much to do.",
+    504: "The model did not answer in time.",
+}
+PROBLEM_SCHEMA = {
+    "type": "object", "required": ["type", "title", "status"],
+    "properties": {
+        "type": {"type": "string"}, "title": {"type": "string"}, "status": {"type": "integer"},
+        "detail": {"type": "string"}, "request_id": {"type": "string"},
+        "errors": {"type": "object", "description": "what is wrong, by field"},
+    },
+}
+#: How a request shows its key.
+KEY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+
+
+def openapi(mest_app: Any, place: str) -> dict[str, Any]:
+    """Return the description of a service for whoever asks for it at a path.
+
+    It is OpenAPI 3.1, https://spec.openapis.org/oas/v3.1.1, of all routes that routers have
+    declared or `validate_params` checks. Urls in it are relative to its own.
+    """
+    config, paths, seen = mest_app.config, {}, set()
+    for rule in mest_app.app.url_map.iter_rules():
+        view = mest_app.app.view_functions.get(rule.endpoint)
+        if rule.endpoint.startswith("mest_docs") or not (
+            hasattr(view, "needs_key") or hasattr(view, "parameters")
+        ):
+            continue
+        path = VARIABLE.sub(r"{\1}", rule.rule)
+        for method in sorted(rule.methods & {"GET", "PUT", "POST", "DELETE", "PATCH", "TRACE"}):
+            name = re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_")
+            while name in seen:
+                name += "_"
+            seen.add(name)
+            described = {"operationId": name, **operation(rule, view, method)}
+            if config.api_keys and not getattr(view, "needs_key", False):
+                described["security"] = []
+            elif config.api_keys:
+                described["responses"]["401"] = {"$ref": "#/components/responses/401"}
+            paths.setdefault(path, {}).setdefault(method.lower(), described)
+    problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    responses = {
+        str(status): {"description": text, "content": {"application/problem+json": problem}}
+        for status, text in PROBLEMS.items()
+    }
+    document = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": config.service_name, "version": config.service_version or "0",
+            "x-mest": __version__, "x-models": [name for _, name in mest_app._labelled()],
+        },
+        "servers": [{"url": "/".join([".."] * (place.count("/") - 1)) or "."}],
+        "paths": paths,
+        "components": {"responses": responses, "schemas": {"Problem": PROBLEM_SCHEMA}},
+    }
+    if config.api_keys:
+        document["security"] = [{name: []} for name in KEY_SCHEMES]
+        document["components"]["securitySchemes"] = KEY_SCHEMES
+    return document
+
+
+def operation(rule: Rule, view: Callable, method: str) -> dict[str, Any]:
+    """Return OpenAPI's description of a route and a method."""
+    parameters, handler = getattr(view, "parameters", None), getattr(view, "__wrapped__", None)
+    fields = dict(parameters.schema) if parameters else {}
+    example = dict(parameters.example or {}) if parameters else {}
+    summary, _, rest = (inspect.getdoc(view) or "").partition("\n")
+    described: dict[str, Any] = {"summary": summary, "description": rest.strip(), "parameters": []}
+    described = {name: value for name, value in described.items() if value or name == "parameters"}
+    described["tags"] = [rule.endpoint.rpartition(".")[0] or "application"]
+
+    def add(place: str, name: str, required: bool, schema: dict) -> None:
+        parameter = {"name": name, "in": place, "required": required, "schema": schema}
+        parameter |= {"example": example.pop(name)} if name in example else {}
+        described["parameters"].append(parameter)
+
+    for name in VARIABLE.findall(rule.rule):
+        own = json_schema(fields.pop(name)) if name in fields else {}
+        add("path", name, True, {**variable_schema(rule, name), **own})
+    schema, wants_body = fields_schema(fields), method in BODY_METHODS
+    if not wants_body:
+        for name, field in schema["properties"].items():
+            add("query", name, name in schema["required"], field)
+    elif fields:
+        files = any("binary" in types_of(rules) for rules in map(resolved, fields.values()))
+        content = {"schema": schema} | ({"example": example} if example else {})
+        content = {"multipart/form-data" if files else "application/json": content}
+        described["requestBody"] = {"required": bool(schema["required"]), "content": content}
+    is_probe = not getattr(view, "needs_key", True) or isinstance(handler, Probe)
+    statuses = {503} if is_probe else {408, 413, 500, 503, 504}
+    statuses |= {400, 415, 422} if parameters else set()
+    statuses |= {404} if rule.arguments else set()
+    responses = {str(s): {"$ref": f"#/components/responses/{s}"} for s in sorted(statuses)}
+    kind = getattr(handler, "media_type", "application/json")
+    if not is_probe and not isinstance(handler, Prediction):  # who knows what it answers
+        responses["default"], kind = {"description": "Another answer."}, "*/*"
+    success = {"description": "The answer.", "content": {kind: {}}}
+    return {**described, "responses": {"200": success, **responses}}
+
+
+def variable_schema(rule: Rule, name: str) -> dict[str, Any]:
+    """Return what a variable of a rule's url must be, as a JSON Schema."""
+    converter = getattr(rule, "_converters", {}).get(name)
+    schema: dict[str, Any] = {"type": "string", "minLength": 1}
+    if isinstance(converter, NumberConverter):
+        schema = {"type": "integer" if converter.num_convert is int else "number"}
+        least = converter.min if converter.min is not None or converter.signed else 0
+        bounds = {"minimum": least, "maximum": converter.max}
+        schema |= {keyword: bound for keyword, bound in bounds.items() if bound is not None}
+    elif isinstance(converter, UUIDConverter):
+        schema |= {"format": "uuid"}
+    elif isinstance(converter, AnyConverter):
+        schema |= {"enum": [*converter.items]}
+    return schema
+
+
+def openapi_json() -> flask.Response:
+    """What this page says, for programs."""
+    document = openapi(service(), request.path)
+    text = json.dumps(document, default=str, ensure_ascii=False)
+    return flask.Response(text, content_type="application/json")
+
+
+def docs() -> flask.Response:
+    """A page to read about the service and to try it."""
+    digest = lambda part: base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+    sources = {tag: digest(re.search(f"<{tag}>(.*?)</{tag}>", PAGE, re.S)[1]) for tag in ("script", "style")}
+    policy = "; ".join([
+        "default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'",
+        "form-action 'none'", "frame-ancestors 'none'",
+        *(f"{tag}-src 'sha256-{value}'" for tag, value in sources.items()),
+    ])
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+    return flask.Response(PAGE, headers=headers, content_type="text/html; charset=utf-8")
+
+
+openapi_json.needs_key = docs.needs_key = False
+
+
 # Application
 
 #: Those of RFC 9110, and PATCH of RFC 5789. Clients may make up others, which metrics do not list.
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach what listens at an address."""
+    return bool(re.match(r"localhost$|127\.|::1$", host))
+
+
 class Mest:
     """A service: a configuration, models and routes on one Flask application.
 
     Args:
-        config: the configuration.
+        config: the configuration, or the service_name for one with the defaults.
         app: a Flask application to live in, which keeps its logging, error handlers and routes as
             they are. Without it Mest makes one, and all errors of that are problem details.
     """
@@ -2121,7 +2603,8 @@ class Mest:
     _run_by_command = False
     _setup_deferred = False
 
-    def __init__(self, config: MestConfig, app: flask.Flask | None = None):
+    def __init__(self, config: MestConfig | str, app: flask.Flask | None = None):
+        config = MestConfig(config) if isinstance(config, str) else config
         if not isinstance(config, MestConfig):
             raise MestError(f"Mest was given the configuration {config!r}; it must be a MestConfig")
         if not isinstance(app, (flask.Flask, type(None))):
@@ -2134,14 +2617,33 @@ class Mest:
         self._draining = mmap.mmap(-1, 1)  # a byte that processes share across forks
         self._loaded: dict[int, float] = {}  # seconds that it took, by the models' ids
         self._edge: Edge | None = None
-        self._is_warm = False
+        self._is_warm = self._is_set_up = False
+        #: Whether who asks is who develops, and may see tracebacks.
+        self.is_in_development = False
+        #: The models that it loads.
+        self.models = list(config.models_instances)
         self.share_metrics(Metrics())
-        #: /livez, /readyz and /metrics. An application that Mest lives in may register it.
-        self.probes = Router("mest")
-        for probe in (self.livez, self.readyz, self.metrics_text):
-            self.probes._add_own(probe.__name__.partition("_")[0], "GET", Probe(probe))
+        for doubt in config.doubts:
+            self.logger.warning(doubt)
+        #: /livez, /readyz and /metrics, and /docs and /openapi.json. An application that Mest lives
+        #: in may register them.
+        self.probes, self.docs = Router("mest"), Router("mest_docs")
+        self.probes._add_own("livez", "GET", Probe(self.livez))
+        self.probes._add_own("readyz", "GET", Probe(self.readyz))
+        self.probes._add_own("metrics", "GET", Probe(self.metrics_text, config.protect_metrics, "text/plain"))
+        if config.docs:
+            self.docs._add_own("docs", "GET", docs)
+            self.docs._add_own("openapi.json", "GET", openapi_json)
         if not app:
             self.register_router("/", self.probes)
+            self.register_router("/", self.docs)
+
+    @functools.cached_property
+    def router(self) -> Router:
+        """A router at "/", for a service that needs no other."""
+        router = Router("root")
+        self.register_router("/", router)
+        return router
 
     def _flask(self) -> flask.Flask:
         name, here = self.config.service_name, os.getcwd()
@@ -2153,9 +2655,21 @@ class Mest:
         app.after_request(finish_request)
         app.teardown_request(end_request)
         problem = lambda error: as_problem(error, self, f"{request.method} {request.path}")
-        answer = lambda error: problem(error).get_response(request.environ)
+        answer = lambda error: problem(self.explained(error)).get_response(request.environ)
         app.register_error_handler(HTTPException, answer)
         return app
+
+    def explained(self, error: HTTPException) -> HTTPException:
+        """Return the error, which says where to go instead if an url or a method is wrong."""
+        if error is request.routing_exception and error.code in (404, 405):
+            text = f"There is nothing at {request.path}."
+            if isinstance(error, MethodNotAllowed):
+                methods = sorted(set(error.valid_methods or ()) - FLASK_METHODS)
+                text = f"{request.path} takes {' or '.join(methods)}, not {request.method}."
+            elif close := get_close_matches(request.path, map(str, self.app.url_map.iter_rules())):
+                text += f" Did you mean {close[0]}?"
+            error.description = text + (" /docs shows what there is." if self.config.docs else "")
+        return error
 
     def share_metrics(self, metrics: Metrics) -> None:
         """Count there from now on, and tell the models so, and what their limits are."""
@@ -2168,7 +2682,7 @@ class Mest:
     def _labelled(self) -> Iterator[tuple[Any, str]]:
         """Yield each model with its class's name, and a number from the second of a class on."""
         seen: dict[str, int] = {}
-        for model in self.config.models_instances:
+        for model in self.models:
             name = type(model).__name__
             seen[name] = seen.get(name, 0) + 1
             yield model, name if seen[name] == 1 else f"{name}-{seen[name]}"
@@ -2186,7 +2700,10 @@ class Mest:
         self._draining[0] = value
 
     def livez(self) -> tuple[bytes, str]:
-        """Return that the process can serve, or raise a Problem if a model is busy for too long."""
+        """Whether the process can serve.
+
+        It answers 503 if a model has been busy with one call for longer than liveness_timeout.
+        """
         limit = self.config.liveness_timeout
         for model, name in self._labelled():
             if limit and isinstance(model, GenericModel) and model._turns.busy_for() > limit:
@@ -2195,16 +2712,16 @@ class Mest:
         return encode({"status": "alive"})
 
     def readyz(self) -> tuple[bytes, str]:
-        """Return that requests may come, or raise a Problem."""
+        """Whether requests may come: the models are loaded, and the service is not stopping."""
         if self.draining:
             raise Problem(503, f"{self.config.service_name} is shutting down.")
-        for model in self.config.models_instances:
-            if id(model) not in self._loaded:
+        for model in self.models:
+            if id(model) not in self._loaded and not getattr(model, "is_loaded", False):
                 raise Problem(503, f"The model {type(model).__name__} is not loaded.")
         return encode({"status": "ready"})
 
     def metrics_text(self) -> tuple[bytes, str]:
-        """Return what Prometheus scrapes, and its content type."""
+        """Counters of all processes, for Prometheus."""
         return self.metrics.text().encode(), "text/plain; version=0.0.4; charset=utf-8"
 
     def answered(
@@ -2226,9 +2743,19 @@ class Mest:
         Raises:
             MestError: names the model whose `init` failed, and has that failure as its cause.
         """
+        self._is_set_up = True
         if not Mest._setup_deferred:
             self.load_models()
         return self
+
+    def adopt(self, model: Any) -> None:
+        """Take care of the model of a predict route, as if it were among models_instances."""
+        if not isinstance(model, GenericModel) or any(model is other for other in self.models):
+            return
+        self.models.append(model)
+        self.share_metrics(self.metrics)
+        if self._is_set_up:
+            self.setup()
 
     def load_models(self) -> None:
         """Do what `setup` does, even while the command has deferred it."""
@@ -2241,14 +2768,19 @@ class Mest:
                 model.init(directory)
             except (Exception, SystemExit) as error:
                 reason = f"model {name} could not be loaded: {type(error).__name__}: {error}"
-                if not os.path.isdir(directory):
-                    reason += f" (local_model_directory_path is {directory!r}: no directory)"
+                if isinstance(error, ImportError):
+                    reason += f"; install it for {sys.executable}"
+                elif not os.path.isdir(directory):
+                    reason += f"; local_model_directory_path is {directory!r}, and there is no"
+                    reason += f" directory {os.path.abspath(directory)}"
                 raise MestError(reason) from error
             if isinstance(model, GenericModel):
                 model._initialised = True
             seconds = self._loaded[id(model)] = time.perf_counter() - started
             self.metrics.set(seconds, "mest_model_load_seconds", name)
             self.logger.info("model %s loaded in %.3f s", name, seconds)
+            if getattr(model, "max_batch_size", 0) == 1 and own_stage(model, "infer_batch"):
+                self.logger.warning("model %s gets no batches: set its max_batch_size", name)
 
     def warm_up(self) -> None:
         """Load the models, and run the example of each predict route once: first calls are slow.
@@ -2260,7 +2792,7 @@ class Mest:
         if self._is_warm:
             return
         self._is_warm = True
-        for model in self.config.models_instances:
+        for model in self.models:
             if isinstance(model, GenericModel):  # the first call may take as long as it needs
                 model._limits = self.config.max_queued_requests, None
         for rule in self.app.url_map.iter_rules():
@@ -2315,8 +2847,16 @@ class Mest:
             self.logger.info("mest_app.run() does nothing here: the mest command runs the service")
             return
         self.load_models()
-        host = self.config.listen_host or "127.0.0.1"
-        run_simple(host, self.config.listen_port, self.app, threaded=True)
+        self.develop(self.config.listen_host or "127.0.0.1", self.config.listen_port)
+
+    def develop(self, host: str, port: int, **options: Any) -> None:
+        """Serve with Flask's server, which shows failures if only this machine can reach it."""
+        self.is_in_development = is_loopback(host)
+        starts_another = options.get("use_reloader") and not is_running_from_reloader()
+        if "mest_docs" in self.app.blueprints and not starts_another:
+            place = f"[{host}]" if ":" in host else host
+            self.logger.info("try it in a browser: http://%s:%d/docs", place, port)
+        run_simple(host, port, self.app, threaded=True, **options)
 
 
 # Serving
@@ -2697,7 +3237,8 @@ def check_settings(settings: Any) -> None:
             socket.create_server((host, port), family=family).close()
     except (OSError, OverflowError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise MestError(f"cannot listen on {settings.bind}: {reason}; choose another") from None
+        places, cure = ", ".join(settings.bind), "choose another with --port or MEST_LISTEN_PORT"
+        raise MestError(f"cannot listen on {places}: {reason}; {cure}") from None
 
 
 # Command line
@@ -2760,23 +3301,31 @@ def command_line() -> argparse.ArgumentParser:
 def run_dev(args: argparse.Namespace) -> int:
     """serve on this machine with Flask's server, reloading what changes"""
     watch, child, files = not args.no_reload, is_running_from_reloader(), []
+    options = {"use_reloader": watch, "use_debugger": args.debug, "extra_files": files}
     try:
         mest_app, module = load_app(args)
-        app, files, config = mest_app.app, [module.__file__], mest_app.config
+        app, config = mest_app.app, mest_app.config
         host, port, app.debug = config.listen_host or "127.0.0.1", config.listen_port, args.debug
+        directory = Path(config.local_model_directory_path)
+        files += [module.__file__, *map(str, itertools.islice(directory.rglob("*"), 1000))]
         if child or not watch:  # the reloader's parent serves nothing
             mest_app.load_models()
     except MestError as error:
         if not child:
             raise
         print(report(error), file=sys.stderr)
-        app = Problem(503, "The application does not load; the terminal says why.")
+        problem = Problem(503, "The application does not load; the terminal says why.")
         host, port = os.environ["MEST_LISTEN_HOST"], int(os.environ["MEST_LISTEN_PORT"])
-    if args.debug and not re.match(r"localhost$|127\.|::1$", host):
+        run_simple(host, port, problem, **options)
+        return 1
+    if args.debug and not is_loopback(host):
         raise MestError(f"--debug lets whoever reaches {host} run code; use --host 127.0.0.1")
+    if not port:  # a free one, which a reload keeps
+        with socket.create_server((host, 0)) as free:
+            os.environ.setdefault("_MEST_PORT", str(free.getsockname()[1]))
+        port = int(os.environ["_MEST_PORT"])
     os.environ |= {"MEST_LISTEN_HOST": host, "MEST_LISTEN_PORT": str(port)}
-    options = {"use_reloader": watch, "use_debugger": args.debug, "extra_files": files}
-    run_simple(host, port, app, threaded=True, **options)
+    mest_app.develop(host, port, **options)
     return 0
 
 
@@ -2794,6 +3343,8 @@ def share_cpus(workers: int) -> None:
 def run_gunicorn(args: argparse.Namespace) -> int:
     """serve in production with gunicorn, whose own options may follow a --"""
     need("gunicorn")
+    if not hasattr(os, "fork"):
+        raise MestError("gunicorn does not run on Windows; use mest run dev, or a container")
     from gunicorn.errors import AppImportError, HaltServer
 
     workers = MestConfig("mest").workers  # unless the application says otherwise
@@ -2830,9 +3381,15 @@ def run_shell(args: argparse.Namespace) -> int:
     mest_app, module = load_app(args)
     mest_app.load_models()
     names = {"mest_app": mest_app, "app": mest_app.app, "client": mest_app.app.test_client()}
-    models = set(map(id, mest_app.config.models_instances))
+    models = {id(model): name for model, name in mest_app._labelled()}
     names |= {name: value for name, value in vars(module).items() if id(value) in models}
-    banner = f"{mest_app.config.service_name}, Mest {__version__}: {', '.join(names)}"
+    lines = [f"{mest_app.config.service_name} {mest_app.config.service_version}".strip()]
+    lines += ["  mest_app, app, client: the service, its Flask application, a client to test it"]
+    lines += [f"  {name}: model {models[id(names[name])]}, loaded" for name in [*names][3:]]
+    for method, url, sent in examples(mest_app):
+        rest = "".join(f", {name}={value!r}" for name, value in sent.items())
+        lines.append(f"  client.{method.lower()}({url!r}{rest})")
+    banner = "\n".join(lines)
     with mest_app.app.app_context(), contextlib.suppress(ImportError):
         if sys.stdin and sys.stdin.isatty():
             from IPython import start_ipython
@@ -2848,11 +3405,66 @@ def run_shell(args: argparse.Namespace) -> int:
 
 
 def run_test(args: argparse.Namespace) -> int:
-    """run pytest on this directory, with its own arguments"""
+    """send each example to the application, if there is one, and run pytest with its arguments"""
+    Mest._run_by_command, failed = True, 0
+    if hasattr(args, "app") or "MEST_APP" in os.environ or os.path.isfile("app.py"):
+        failed = in_child(lambda: send_examples(load_app(args)[0]))
     pytest = need("pytest")
-    Mest._run_by_command = True
     sys.path.insert(0, os.getcwd())
-    return int(pytest.main(args.arguments))
+    code = int(pytest.main(args.arguments))
+    has_no_tests = code == 5 and not args.arguments
+    return failed if has_no_tests and os.path.isfile("app.py") else code or failed
+
+
+def in_child(function: Callable[[], int]) -> int:
+    """Return what a function returns in a forked process, whose imports this one does not share."""
+    if not hasattr(os, "fork"):
+        return function()
+    sys.stdout.flush()
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = 1
+    try:
+        code = function()
+    except MestError as error:
+        print(report(error), file=sys.stderr)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def send_examples(mest_app: Mest) -> int:
+    """Send each example to the service, say how it went, and return 1 if one is not answered."""
+    mest_app.load_models()
+    mest_app.is_in_development = True  # answers say what failed
+    keys, failed = mest_app.config.api_keys, 0
+    headers = {"X-API-Key": keys[0].decode()} if keys else {}
+    for method, url, sent in examples(mest_app):
+        began = time.perf_counter()
+        response = mest_app.app.test_client().open(url, method=method, headers=headers, **sent)
+        took = (time.perf_counter() - began) * 1000
+        problem = response.get_json(silent=True) if response.status_code >= 300 else None
+        why = [problem[name] for name in ("detail", "errors") if name in problem] if problem else []
+        failed |= response.status_code >= 300
+        print(f"{method} {url}: {response.status_code} in {took:.1f} ms", *why)
+    return int(failed)
+
+
+def examples(mest_app: Mest) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield method and url of a request with each example, and how Flask's client takes the rest."""
+    for rule in mest_app.app.url_map.iter_rules():
+        parameters = getattr(mest_app.app.view_functions.get(rule.endpoint), "parameters", None)
+        example = parameters.example if parameters else None
+        if example is None or rule.arguments - example.keys() - {*(rule.defaults or ())}:
+            continue  # there is none, or it says nothing about the path
+        _, url = rule.build({**(rule.defaults or {}), **example}, append_unknown=False)
+        rest = {name: example[name] for name in example if name not in rule.arguments}
+        files = {name: (BytesIO(v), name) for name, v in rest.items() if isinstance(v, bytes)}
+        for method in sorted(rule.methods - FLASK_METHODS):
+            if method not in BODY_METHODS:
+                yield method, url, {"query_string": rest}
+            else:
+                yield method, url, {"data": {**rest, **files}} if files else {"json": rest}
 
 
 def need(package: str) -> ModuleType:
@@ -2876,7 +3488,9 @@ def load_app(args: argparse.Namespace) -> tuple[Mest, ModuleType]:
         file = Path(path).resolve()
         if not file.is_file():
             hint = "name it with --app or MEST_APP, or change to its directory"
-            raise MestError(f"there is no application {path} in {os.getcwd()}; {hint}")
+            others = ", ".join(sorted(map(str, Path().glob("*.py")))[:5])
+            here = f"{os.getcwd()}, which has {others}" if others else os.getcwd()
+            raise MestError(f"there is no application {path} in {here}; {hint}")
         module_name, folder = file.stem, file.parent
         while (folder / "__init__.py").is_file():
             module_name, folder = f"{folder.name}.{module_name}", folder.parent
@@ -2885,11 +3499,13 @@ def load_app(args: argparse.Namespace) -> tuple[Mest, ModuleType]:
     try:
         module = importlib.import_module(module_name)
     except MestError as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        *_, place = (frame for frame in frames if frame.filename != __file__)
+        frames, flasks = traceback.extract_tb(error.__traceback__), os.path.dirname(flask.__file__)
+        *_, place = (f for f in frames if not f.filename.startswith((__file__, flasks)))
         raise MestError(f"{place.filename}, line {place.lineno}: {error}") from None
     except (Exception, SystemExit) as error:
-        raise MestError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+        reason = f"{path} cannot be imported: {type(error).__name__}: {error}"
+        cure = f"; is it installed for {sys.executable}?" if isinstance(error, ImportError) else ""
+        raise MestError(reason + cure) from error
     finally:
         Mest._setup_deferred = False
     if path.endswith(".py") and Path(getattr(module, "__file__", None) or "").resolve() != file:
@@ -2901,7 +3517,24 @@ def load_app(args: argparse.Namespace) -> tuple[Mest, ModuleType]:
     if name not in found:
         have = f"its instances of Mest are {', '.join(found)}" if found else "it has no Mest"
         raise MestError(f"{path}: {have}; make one named mest_app, or name one: --app {path}:NAME")
+    check_routers(found[name], name, vars(module))
     return found[name], module
+
+
+def check_routers(mest_app: Mest, name: str, declared: Mapping[str, Any]) -> None:
+    """Warn of routers among what is declared whose routes nobody can ask, or raise a MestError.
+
+    It is an error if there is no other route.
+    """
+    ours, rules = {"mest", "mest_docs"}, mest_app.app.url_map.iter_rules()
+    serves_anything = any(rule.endpoint.split(".")[0] not in ours for rule in rules)
+    for variable, router in declared.items():
+        if isinstance(router, Router) and router.routes and not router._registrations:
+            cure = f'call {name}.register_router(url="/", router={variable})'
+            text = f"the routes of router {router.name!r} are not served; {cure}"
+            if not serves_anything:
+                raise MestError(text)
+            mest_app.logger.warning(text)
 
 
 # The documented import paths, mest.app, mest.app.api and mest.models, are this module under further
@@ -2913,6 +3546,265 @@ if os.path.realpath(getattr(_main, "__file__", None) or "") == os.path.realpath(
     _this = sys.modules[__name__] = _main
 for _path in ("app", "app.api", "models"):
     sys.modules[f"{__name__}.{_path}"] = _this
+
+
+# The page at /docs. It asks nobody but this service, and inserts nothing as HTML.
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Documentation</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --line: #8886; --soft: #8881; --accent: #0a58ca; --bad: #b3261e }
+@media (prefers-color-scheme: dark) { :root { --accent: #7ab7ff; --bad: #ff8a80 } }
+* { box-sizing: border-box }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 0 auto; padding: 1rem }
+h1 { margin: 0 } h2 { margin: 1.5rem 0 .5rem; font-size: 1rem; opacity: .75 }
+code, pre, textarea, td input { font: 14px/1.5 ui-monospace, monospace }
+details { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0 }
+summary { padding: .6rem .8rem; cursor: pointer; overflow-wrap: anywhere }
+details > div { padding: 0 .8rem .8rem }
+summary b { color: var(--accent); margin-right: .4rem }
+.about { white-space: pre-wrap }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0 }
+tr { border-bottom: 1px solid var(--line) }
+textarea, input { width: 100%; padding: .4rem; border: 1px solid var(--line); border-radius: 4px }
+#key input { max-width: 20rem; display: block }
+button { padding: .4rem 1rem; margin: .5rem .5rem .5rem 0; font: inherit; cursor: pointer }
+pre { background: var(--soft); padding: .6rem; margin: .3rem 0; white-space: pre-wrap }
+pre { overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto; border-radius: 4px }
+.error { color: var(--bad); margin: 0 } .error:empty { display: none }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+</style>
+<header>
+<h1 id="title"></h1>
+<p id="state" role="status">loading…</p>
+<p id="key" hidden><label>API key <input type="password" autocomplete="off"></label></p>
+</header>
+<main id="routes"></main>
+<noscript>This page needs JavaScript; <a href="openapi.json">openapi.json</a> says the same.</noscript>
+<script>
+"use strict";
+const byId = id => document.getElementById(id);
+const make = (tag, properties = {}, ...children) => {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+};
+const list = value => value === undefined ? [] : [].concat(value);
+const isFile = schema => schema.format === "binary";
+
+// What a schema allows, in words.
+function kind(schema) {
+  const choices = schema.anyOf || schema.oneOf;
+  let text = choices && !schema.type ? choices.map(kind).join(" or ") : list(schema.type).join(" or ");
+  if (isFile(schema)) text = text.replace("string", "file");
+  else if (schema.format) text += ` (${schema.format})`;
+  if (schema.prefixItems) text += ` of ${schema.prefixItems.length}: ${[...new Set(schema.prefixItems.map(kind))].join("; ")}`;
+  else if (schema.items && Object.keys(schema.items).length) text += ` of ${kind(schema.items)}`;
+  if (schema.properties) {
+    const fields = Object.entries(schema.properties).map(([name, field]) => `${name}: ${kind(field)}`);
+    text += ` {${fields.join("; ")}}`;
+  }
+  const words = {
+    minimum: "at least", maximum: "at most", minLength: "length from", maxLength: "length to",
+    minItems: "items from", maxItems: "items to", pattern: "matches",
+  };
+  const limits = Object.entries(words).filter(([name]) => name in schema && !schema.prefixItems)
+    .map(([name, word]) => `${word} ${schema[name]}`);
+  if (schema.enum) limits.push(`one of ${schema.enum.map(value => JSON.stringify(value)).join(", ")}`);
+  if ("default" in schema) limits.push(`default ${JSON.stringify(schema.default)}`);
+  return [text, ...limits].filter(Boolean).join(", ");
+}
+
+// A value that a schema allows, as far as can be told.
+function sample(schema) {
+  if (schema.default !== undefined) return schema.default;
+  if (schema.enum) return schema.enum[0];
+  const choice = list(schema.anyOf || schema.oneOf || schema.allOf)[0];
+  const type = list(schema.type)[0] || list((choice || {}).type)[0];
+  if (choice) return sample({ ...choice, type });
+  if (type === "object") {
+    const all = Object.entries(schema.properties || {});
+    const needed = all.filter(([name]) => (schema.required || []).includes(name));
+    return Object.fromEntries((needed.length ? needed : all).map(([name, field]) => [name, sample(field)]));
+  }
+  if (type === "array") {
+    if (schema.prefixItems) return schema.prefixItems.map(sample);
+    return Array(schema.minItems || 1).fill(null).map(() => sample(schema.items || {}));
+  }
+  if (type === "integer") return Math.ceil(schema.minimum ?? Math.min(1, schema.maximum ?? 1));
+  if (type === "number") return schema.minimum ?? Math.min(1, schema.maximum ?? 1);
+  if (type === "boolean") return true;
+  return type === "null" ? null : "text".padEnd(schema.minLength || 0, "x").slice(0, schema.maxLength ?? 4096);
+}
+
+// Cerberus's errors in one line: a list of messages, or of what is wrong within.
+function words(errors) {
+  return list(errors).map(error => typeof error === "string" ? error
+    : Object.entries(error).map(([name, within]) => `${name}: ${words(within)}`).join("; ")).join("; ");
+}
+
+const quote = text => `'${text.replaceAll("'", "'\\''")}'`;
+
+// One route: a form whose fields are what it takes.
+function route(path, method, operation, server, key) {
+  const fields = [], content = (operation.requestBody || {}).content || {};
+  const [type, body] = Object.entries(content)[0] || [];
+  const isForm = type === "multipart/form-data", schema = (body || {}).schema || {};
+  const rows = operation.parameters.map(parameter => ({ ...parameter }));
+  for (const [name, field] of Object.entries(schema.properties || {})) {
+    const place = isForm ? "form" : "body", value = isForm ? (body.example || {})[name] : undefined;
+    rows.push({ name, in: place, schema: field, required: schema.required.includes(name), example: value });
+  }
+  const id = name => `${operation.operationId}-${name}`;
+  const table = make("tbody");
+  for (const row of rows) {
+    const error = make("p", { className: "error", id: id(`${row.name}-error`) });
+    const cell = make("td");
+    if (row.in !== "body") {
+      const value = row.example ?? row.schema.default ?? (row.required ? sample(row.schema) : "");
+      row.input = make("input", isFile(row.schema) ? { type: "file" } : { value: list(value).join(",") });
+      row.input.setAttribute("aria-label", row.name);
+      row.input.setAttribute("aria-describedby", error.id);
+      cell.append(row.input);
+    }
+    const name = make("th", { scope: "row" }, make("code", { textContent: row.name }), row.required ? " *" : "");
+    const about = [kind(row.schema), row.schema.description].filter(Boolean).join(": ");
+    cell.append(error);
+    table.append(make("tr", {}, name, make("td", { textContent: about }), cell));
+    fields.push({ ...row, error });
+  }
+  const others = make("p", { className: "error", id: id("others") });
+  const text = type === "application/json" && make("textarea", {
+    value: JSON.stringify(body.example || sample(schema), null, 1).replace(/\n */g, " "),
+    rows: 4, spellcheck: false,
+  });
+  const curl = make("pre", { tabIndex: 0 }), answer = make("pre", { tabIndex: 0, hidden: true });
+  const outcome = make("p", { role: "status" });
+
+  // The request as the form has it now.
+  function request() {
+    let url = path, data = null;
+    const query = new URLSearchParams(), headers = {}, form = [];
+    for (const { name, in: place, input, schema } of fields) {
+      if (!input) continue;
+      const values = isFile(schema) ? [...input.files]
+        : list(schema.type).includes("array") ? input.value.split(",") : [input.value];
+      if (place === "path") url = url.replace(`{${name}}`, encodeURIComponent(input.value));
+      else if (isFile(schema) || input.value !== "") {
+        for (const value of values) place === "query" ? query.append(name, value) : form.push([name, value]);
+      }
+    }
+    if (text) [data, headers["Content-Type"]] = [text.value, "application/json"];
+    url = new URL(url.slice(1), server);
+    url.search = query;
+    return { url, headers, data, form };
+  }
+  function show() {
+    const { url, headers, data, form } = request(), parts = ["curl"];
+    if (method !== "GET" && !(method === "POST" && (data !== null || form.length))) parts.push("-X", method);
+    parts.push(quote(url.href));
+    if (key) parts.push('-H "Authorization: Bearer $MEST_API_KEY"');
+    for (const [name, value] of Object.entries(headers)) parts.push("-H", quote(`${name}: ${value}`));
+    if (data !== null) parts.push("-d", quote(data));
+    for (const [name, value] of form) {
+      parts.push(value.name ? "-F" : "--form-string", quote(value.name ? `${name}=@${value.name}` : `${name}=${value}`));
+    }
+    curl.textContent = parts.join(" ");
+  }
+  async function send(event) {
+    event.preventDefault();
+    const { url, headers, data, form } = request();
+    let sent = data;
+    if (isForm) form.forEach(([name, value]) => (sent ||= new FormData()).append(name, value));
+    if (key && key.value) headers.Authorization = `Bearer ${key.value}`;
+    for (const { error } of fields) error.textContent = "";
+    others.textContent = outcome.textContent = "";
+    if (text) text.ariaInvalid = "false";
+    try {
+      const began = performance.now();
+      const response = await fetch(url, { method, headers, body: sent });
+      const blob = await response.blob(), took = performance.now() - began;
+      const plain = /json|text|xml/.test(blob.type) || !blob.size;
+      answer.textContent = plain ? (await blob.text()).slice(0, 1e5) : `${blob.size} bytes of ${blob.type}`;
+      outcome.textContent = `${response.status} ${response.statusText} in ${took.toFixed(1)} ms`;
+      answer.hidden = false;
+      if (!response.ok) explain(answer.textContent);
+    } catch (failure) {
+      outcome.textContent = `No answer: ${failure.message}`;
+      answer.hidden = true;
+    }
+  }
+  function explain(problem) {
+    let errors = {};
+    try { errors = JSON.parse(problem).errors || {}; } catch { return; }
+    if (text) text.ariaInvalid = "true";
+    for (const [name, wrong] of Object.entries(errors)) {
+      const field = fields.find(field => field.name === name);
+      if (field) field.error.textContent = words(wrong);
+      else others.textContent += `${name}: ${words(wrong)}\n`;
+    }
+  }
+  async function copy() {
+    getSelection().selectAllChildren(curl);
+    if (navigator.clipboard) await navigator.clipboard.writeText(curl.textContent);
+  }
+
+  const form = make("form", { onsubmit: send, oninput: show });
+  if (operation.description) form.append(make("p", { className: "about", textContent: operation.description }));
+  if (rows.length) form.append(make("div", { className: "scroll" }, make("table", {}, table)));
+  if (text) {
+    text.setAttribute("aria-label", "body");
+    text.setAttribute("aria-describedby", others.id);
+    text.onkeydown = event => {
+      if ((event.ctrlKey || event.metaKey) && event.key === "Enter") form.requestSubmit();
+    };
+    form.append(make("p", {}, text));
+  }
+  form.append(others, make("button", { textContent: "Send" }));
+  form.append(make("button", { type: "button", textContent: "Copy curl", onclick: copy }));
+  form.append(outcome, answer, curl);
+  show();
+  const title = make("summary", {}, make("b", { textContent: method }), make("code", { textContent: path }));
+  title.append(` ${operation.summary || ""}`);
+  return make("details", { id: operation.operationId }, title, make("div", {}, form));
+}
+
+async function start() {
+  const place = new URL("openapi.json", location);
+  const service = await (await fetch(place)).json(), { info } = service;
+  document.title = byId("title").textContent = info.title;
+  const key = service.security && byId("key").querySelector("input");
+  byId("key").hidden = !key;
+  const server = new URL(`${service.servers[0].url}/`, place), groups = {};
+  for (const [path, item] of Object.entries(service.paths)) {
+    for (const [method, operation] of Object.entries(item)) {
+      const needed = key && !(operation.security && !operation.security.length) && key;
+      const [tag] = operation.tags;
+      groups[tag] ||= [];
+      groups[tag].push(route(path, method.toUpperCase(), operation, server, needed));
+    }
+  }
+  const { mest, ...others } = groups; // Mest's own routes last
+  for (const [tag, routes] of Object.entries({ ...others, ...(mest && { mest }) })) {
+    byId("routes").append(make("h2", { textContent: tag }), ...routes);
+  }
+  const first = byId("routes").querySelector("details:has(tr)");
+  const chosen = location.hash ? byId(location.hash.slice(1)) : first;
+  if (chosen) chosen.open = true;
+  const ready = await fetch("readyz"), problem = ready.ok || ready.status === 404 ? "" : await ready.json();
+  const models = info["x-models"].length ? `models: ${info["x-models"].join(", ")}` : "";
+  const state = ready.status === 404 ? "" : problem ? `not ready: ${problem.detail}` : "ready";
+  const version = info.version === "0" ? "" : `version ${info.version}`;
+  byId("state").textContent = [state, version, models, `Mest ${info["x-mest"]}`].filter(Boolean).join(" · ");
+}
+start().catch(error => byId("state").textContent = `This page cannot be shown: ${error.message}`);
+</script>
+"""
 
 if __name__ == "__main__":
     sys.exit(main())

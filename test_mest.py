@@ -24,8 +24,10 @@ import time
 import timeit
 import types
 import uuid
+import warnings
 import zipfile
 from pathlib import Path
+from typing import Literal, Optional
 from urllib.parse import unquote, unquote_to_bytes
 
 import cerberus
@@ -55,6 +57,7 @@ class Doubler(GenericModel):
 
 
 X = {"x": {"type": "float", "required": True}}
+N = {"n": {"type": "integer", "required": True}}
 
 
 def make(app=None, models=(), **fields):
@@ -328,11 +331,11 @@ def test_the_environment_beats_the_code():
     assert config.local_model_directory_path == "_models"
 
 
-@pytest.mark.parametrize("field", MestConfig.FIELDS)
+@pytest.mark.parametrize("field", [name for name in MestConfig.FIELDS if "api_key" not in name])
 def test_every_field_can_be_set_by_the_environment(field):
     default, allowed, _ = MestConfig.FIELDS[field]
     allowed = allowed[0] if isinstance(allowed, tuple) and isinstance(allowed[0], range) else allowed
-    value = {str: "elsewhere", bool: True}.get(allowed) if isinstance(allowed, type) else allowed[-1]
+    value = {str: "elsewhere", bool: not default}.get(allowed) if isinstance(allowed, type) else allowed[-1]
     config = MestConfig("a", 8000, environ={"MEST_" + field.upper(): str(value)})
     assert getattr(config, field) == value != default
 
@@ -386,6 +389,64 @@ def test_a_wrong_value_is_refused_with_its_field_and_what_is_allowed(fields, env
     with pytest.raises(MestError) as caught:
         MestConfig(**{"service_name": "a", "listen_port": 8000, **fields}, environ=environ)
     assert message in str(caught.value)
+
+
+def test_a_word_may_be_written_in_small_letters():
+    assert MestConfig("a", environ={"MEST_LOG_LEVEL": "debug"}).log_level == "DEBUG"
+
+
+@pytest.mark.parametrize("name, message", [
+    ("MEST_WORKER", "MEST_WORKER in the environment is no setting; did you mean MEST_WORKERS?"),
+    ("MEST_PORT", "MEST_PORT in the environment is no setting; did you mean MEST_LISTEN_PORT?"),
+    ("MEST_QQQQQQ", "MEST_QQQQQQ in the environment is no setting; it has no effect"),
+    ("MEST_PORT_80_TCP", None), ("MEST_SERVICE_HOST", None), ("MEST_APP", None), ("OTHER", None),
+])
+def test_a_variable_that_looks_like_a_setting_and_is_none_is_reported(name, message, capsys):
+    config = MestConfig(f"t{uuid.uuid4().hex}", environ={name: "5"})
+    assert config.doubts == ([message] if message else [])
+    Mest(config)
+    assert [line["message"] for line in log_of(capsys)] == config.doubts
+    assert MestConfig("a", environ={"MEST_PORT": "tcp://10.0.0.1:80"}).doubts == []  # of Kubernetes
+
+
+def keys(environ=None, **fields):
+    return MestConfig("a", environ=environ or {}, **fields).api_keys
+
+
+def test_api_keys_come_from_the_code_the_environment_or_a_file(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("three , four\n")
+    assert keys() == [] and keys(api_key="one,two") == [b"one", b"two"]
+    assert keys(api_key_file=str(file)) == keys(api_key_file=file) == [b"three", b"four"]
+    assert keys({"MEST_API_KEY": "five"}, api_key="one") == keys({"MEST_API_KEY": "five"}, api_key_file=file) == [b"five"]
+    assert keys({"MEST_API_KEY_FILE": str(file)}, api_key="one") == [b"three", b"four"]
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "a,,b", "a,", "a b", "schlüssel", "a\nb", None, 5])
+def test_a_key_that_is_empty_or_unusable_is_refused_and_not_shown(text, tmp_path):
+    with pytest.raises(MestError, match="^api_key (has an empty or unusable key|is unusable)") as caught:
+        keys(api_key=text)
+    assert "schl" not in str(caught.value) and "5" not in str(caught.value)
+    if isinstance(text, str):
+        file = tmp_path / "keys"
+        file.write_text(text)
+        for environ in ({"MEST_API_KEY": text}, {"MEST_API_KEY_FILE": str(file)}):
+            with pytest.raises(MestError, match="^MEST_API_KEY(_FILE)? has an empty or unusable key; it must have"):
+                keys(environ, api_key="right")
+
+
+def test_a_file_of_keys_that_is_missing_and_keys_given_twice_are_refused(tmp_path):
+    with pytest.raises(MestError, match="MEST_API_KEY_FILE cannot be read: .*No such file.*keys"):
+        keys({"MEST_API_KEY_FILE": str(tmp_path / "keys")})
+    with pytest.raises(MestError, match="MEST_API_KEY_FILE cannot be read"):
+        keys({"MEST_API_KEY_FILE": ""})
+    with pytest.raises(MestError, match="MEST_API_KEY and MEST_API_KEY_FILE are both given; give one of them"):
+        keys({"MEST_API_KEY": "a", "MEST_API_KEY_FILE": "b"})
+
+
+def test_a_configuration_does_not_show_its_keys():
+    config = MestConfig("a", api_key="hunter2,hunter3")
+    assert config.api_key == "" and "hunter" not in repr(config) + str(config)
 
 
 # Logging
@@ -609,7 +670,7 @@ def test_parameters_come_from_forms_and_files_arrive_as_bytes(ask):
 
 
 def test_a_file_is_given_to_the_handler_as_bytes(route):
-    handler = validate_params({"image": {"type": "binary"}, "n": {"type": "integer"}})(
+    handler = validate_params({"image": {"type": "binary", "required": True}, "n": {"type": "integer", "required": True}})(
         lambda image, n: {"bytes": list(image), "n": n}
     )
     sent = route(handler)(data={"image": (io.BytesIO(b"\x00\xff"), "a.png"), "n": "4"})
@@ -621,7 +682,7 @@ def test_the_form_that_a_hook_has_parsed_is_not_lost():
     app.before_request(lambda: flask.request.form.get("csrf") and None)
     host = make(app)
     router = Router("v1")
-    router.route("it")(validate_params({"n": {"type": "integer"}, "f": {}})(lambda n, f: [n, len(f)]))
+    router.route("it")(validate_params({"n": {"type": "integer"}, "f": {}})(lambda n=0, f="": [n, len(f)]))
     host.register_router("/", router)
     client = app.test_client()
     assert client.post("/it", data={"n": "3", "f": (io.BytesIO(b"abc"), "f")}).json == [3, 3]
@@ -629,9 +690,9 @@ def test_the_form_that_a_hook_has_parsed_is_not_lost():
 
 
 def test_a_handler_may_read_the_body_again(route):
-    handler = validate_params({"n": {"type": "integer"}})(lambda n: flask.request.get_json())
+    handler = validate_params(N)(lambda n: flask.request.get_json())
     assert route(handler)(json={"n": 3}).json == {"n": 3}
-    handler = validate_params({"n": {"type": "integer"}})(lambda n: flask.request.form)
+    handler = validate_params(N)(lambda n: flask.request.form)
     assert route(handler)(data={"n": 3}).json == {"n": "3"}
 
 
@@ -691,7 +752,7 @@ def test_a_default_is_not_shared_between_requests(route):
 
 def test_a_schema_that_its_owner_changes_later_is_not_affected(route):
     schema = {"n": {"type": "integer"}}
-    send = route(validate_params(schema)(lambda n: n))
+    send = route(validate_params(schema)(lambda n=0: n))
     schema["n"]["type"] = "string"
     assert send(json={"n": 3}).status_code == 200
 
@@ -699,7 +760,6 @@ def test_a_schema_that_its_owner_changes_later_is_not_affected(route):
 @pytest.mark.parametrize(
     "schema, reason",
     [
-        (None, "must be like"),
         ([], "must be like"),
         ({"a": 5}, "must be like"),
         ({"a": None}, "must be like"),
@@ -1517,7 +1577,7 @@ def test_the_path_of_a_predict_route_gives_parameters_too(router):
 def test_a_model_that_is_not_loaded_is_a_500_and_the_log_says_what_to_call(router, capsys):
     router.add_predict_route(Doubler(), X)
     assert client_of(router).post("/predict", json={"x": 1}).status_code == 500
-    assert "is not loaded; put it into models_instances, and call mest_app.setup()" in log_of(capsys)[-1]["traceback"]
+    assert "is not loaded; call mest_app.setup()" in log_of(capsys)[-1]["traceback"]
 
 
 def test_anything_with_predict_can_be_behind_a_predict_route(router):
@@ -1807,7 +1867,7 @@ def test_what_the_user_has_written_never_runs_in_the_event_loop():
         predict = staticmethod(lambda x: note(x))
 
     mest_app, router = make(threads=2), Router("v1")
-    checked = {"x": {"type": "float", "coerce": lambda value: note(value)}}
+    checked = {"x": {"type": "float", "required": True, "coerce": lambda value: note(value)}}
     for url, model in [("/a", Model()), ("/b", Overridden()), ("/c", Plain()), ("/d", Doubler())]:
         model.model = 2
         router.add_predict_route(model, checked if url == "/d" else X, url=url)
@@ -1835,7 +1895,7 @@ def test_json_of_megabytes_is_handled_in_a_thread(monkeypatch):
     model = Doubler()
     model.model = 1
     model.infer = lambda x: {"all": x}
-    router.add_predict_route(model, {"x": {"type": "list"}})
+    router.add_predict_route(model, {"x": {"type": "list", "required": True}})
     mest_app.register_router("/", router)
     for count, in_loop in [(3, True), (70_000, False)]:
         assert over_asgi(mest_app, parts=[json.dumps({"x": [1.5] * count}).encode()]).status == 200
@@ -2277,6 +2337,379 @@ def test_the_lifespan_loads_the_models_or_says_why_it_cannot():
     assert failed["type"] == "lifespan.startup.failed" and "mest: model Broken could not be loaded: OSError: no weights" in failed["message"]
 
 
+# The API key
+
+
+def locked(**fields):
+    mest_app, router = make(api_key="one,two-three", **fields), Router("v1")
+    model = Doubler()
+    model.model = 2
+    router.add_ping_route()
+    router.add_predict_route(model, X)
+    router.route("/mine", method="GET")(lambda: "mine")
+    mest_app.register_router("/", router)
+    return mest_app
+
+
+@pytest.mark.parametrize("headers, detail", [
+    ({}, "An API key is needed; send one, as Authorization: Bearer KEY or as X-API-Key: KEY."),
+    ({"Authorization": "Bearer"}, "An API key is needed"), ({"Authorization": "Basic one"}, "An API key is needed"),
+    ({"Authorization": "Bearer on"}, "The API key is wrong"), ({"X-API-Key": "one,two-three"}, "The API key is wrong"),
+    ({"X-API-Key": "öne"}, "The API key is wrong"), ({"X-API-Key": ""}, "An API key is needed"),
+    ({"Authorization": "Bearer one"}, None), ({"Authorization": "bearer  two-three "}, None), ({"X-API-Key": "one"}, None),
+])
+@pytest.mark.parametrize("url", ["/predict", "/mine", "/metrics"])
+def test_without_a_key_there_is_no_answer_on_either_edge(url, headers, detail, capsys):
+    mest_app = locked(protect_metrics=True)
+    method, sent = ("POST", {"json": {"x": 2}}) if url == "/predict" else ("GET", {})
+    wsgi = mest_app.app.test_client().open(url, method=method, headers=headers, **sent)
+    parts = [b'{"x": 2}'] if sent else [b""]
+    asgi = over_asgi(mest_app, url, method=method, headers=[*JSON.items(), *headers.items()], parts=parts)
+    assert wsgi.status_code == asgi.status == (401 if detail else 200)
+    if detail:
+        assert wsgi.json["detail"].startswith(detail) and json.loads(asgi.body)["detail"].startswith(detail)
+        challenge = "Bearer" if "needed" in detail else 'Bearer error="invalid_token"'
+        assert wsgi.headers["WWW-Authenticate"] == asgi.headers["www-authenticate"] == challenge
+        assert wsgi.content_type == asgi.headers["content-type"] == "application/problem+json"
+    assert "one" not in capsys.readouterr().out
+
+
+def test_probes_and_documentation_need_no_key_and_metrics_only_where_that_is_asked_for():
+    mest_app = locked()
+    for url in ("/livez", "/readyz", "/ping", "/docs", "/openapi.json", "/metrics"):
+        assert mest_app.app.test_client().get(url).status_code == 200
+        assert over_asgi(mest_app, url, method="GET", parts=[b""]).status == 200
+
+
+def test_a_service_without_keys_asks_for_none(route):
+    assert route(lambda: "yes")(headers={"Authorization": "Basic whatever"}).text == "yes"
+
+
+# Documentation
+
+
+@pytest.mark.parametrize("rules, schema", [
+    ({"type": "float", "min": 0, "max": 5.5}, {"type": "number", "minimum": 0, "maximum": 5.5}),
+    ({"type": "integer", "nullable": True}, {"type": ["integer", "null"]}),
+    ({"type": "integer", "default": 3}, {"type": ["integer", "null"], "default": 3}),
+    ({"type": "string", "minlength": 1, "maxlength": 9}, {"type": "string", "minLength": 1, "maxLength": 9}),
+    ({"type": "string", "empty": False}, {"type": "string", "minLength": 1}),
+    ({"type": "string", "regex": "a|b$"}, {"type": "string", "pattern": "^(?:a|b$)"}),
+    ({"type": "string", "regex": "(?i)a"}, {"type": "string"}),
+    ({"type": "string", "allowed": ["a", "b"]}, {"type": "string", "enum": ["a", "b"]}),
+    ({"type": "string", "allowed": ["a"], "nullable": True}, {"type": ["string", "null"], "enum": ["a", None]}),
+    ({"type": "string", "forbidden": ["a"]}, {"type": "string", "not": {"enum": ["a"]}}),
+    ({"type": ["string", "integer"], "min": 2}, {"type": ["string", "integer"], "minimum": 2}),
+    ({"type": "boolean"}, {"type": "boolean"}),
+    ({"type": "binary"}, {"type": "string", "format": "binary"}),
+    ({"type": "date"}, {"type": "string", "format": "date"}),
+    ({"type": "list"}, {"type": "array", "items": {}}),
+    ({"type": "list", "schema": {"type": "float"}, "minlength": 2}, {"type": "array", "items": {"type": "number"}, "minItems": 2}),
+    ({"type": "list", "allowed": ["a"]}, {"type": "array", "items": {"enum": ["a"]}}),
+    ({"type": "list", "items": [{"type": "float"}, {"type": "string"}]},
+     {"type": "array", "prefixItems": [{"type": "number"}, {"type": "string"}], "items": False, "minItems": 2}),
+    ({"type": "dict", "schema": {"a": {"type": "float", "required": True}, "b": {"type": "string", "readonly": True}}},
+     {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"], "additionalProperties": False}),
+    ({"type": "dict", "allow_unknown": True, "require_all": True, "schema": {"a": {"type": "float"}}},
+     {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"], "additionalProperties": True}),
+    ({"type": "dict", "keysrules": {"type": "string", "maxlength": 2}, "valuesrules": {"type": "float"}},
+     {"type": "object", "propertyNames": {"type": "string", "maxLength": 2}, "additionalProperties": {"type": "number"}}),
+    ({"type": "integer", "anyof": [{"min": 5}, {"max": 1}]},
+     {"type": "integer", "anyOf": [{"type": "integer", "minimum": 5}, {"type": "integer", "maximum": 1}]}),
+    ({"anyof_type": ["float", "string"]}, {"type": ["string", "number", "boolean", "object", "array"],
+                                           "anyOf": [{"type": "number"}, {"type": "string"}]}),
+    ({"type": "integer", "noneof": [{"min": 5}]}, {"type": "integer", "not": {"type": "integer", "minimum": 5}}),
+    ({"coerce": int, "type": "integer", "min": 3}, {}),
+    ({"type": "float", "meta": {"description": "in cm"}}, {"type": "number", "description": "in cm"}),
+    ({"type": "float", "min": float("-inf")}, {"type": "number"}),
+    ({}, {"type": ["string", "number", "boolean", "object", "array"]}),
+])
+def test_the_rules_of_cerberus_become_json_schema(rules, schema):
+    parameters = mest.Parameters({"a": rules}, None, "test")
+    assert mest.fields_schema(parameters.schema)["properties"]["a"] == schema
+
+
+def test_rules_by_name_become_json_schema_too():
+    cerberus.rules_set_registry.add("percent", {"type": "integer", "max": 100})
+    cerberus.schema_registry.add("point", {"x": "percent"})
+    parameters = mest.Parameters({"p": {"type": "dict", "schema": "point"}, "q": "percent"}, None, "test")
+    properties = mest.fields_schema(parameters.schema)["properties"]
+    assert properties["q"] == properties["p"]["properties"]["x"] == {"type": "integer", "maximum": 100}
+
+
+class Described(Doubler):
+    """Doubles a number.
+
+    Exactly.
+    """
+
+
+def openapi_of(router, url="/", **fields):
+    return client_of(router, url, **fields).get("/openapi.json").json
+
+
+def test_a_predict_route_is_described_with_all_that_it_takes_and_answers(router):
+    router.add_predict_route(Described(), X, example={"x": 4})
+    document = openapi_of(router, service_version="2.1")
+    assert document["openapi"] == "3.1.0"
+    assert document["info"]["version"] == "2.1" and document["info"]["x-models"] == ["Described"]
+    predict = document["paths"]["/predict"]["post"]
+    assert (predict["operationId"], predict["tags"]) == ("post_predict", ["v1"])
+    assert (predict["summary"], predict["description"]) == ("Doubles a number.", "Exactly.")
+    schema = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"], "additionalProperties": False}
+    content = {"application/json": {"schema": schema, "example": {"x": 4}}}
+    assert predict["requestBody"] == {"required": True, "content": content}
+    assert {*predict["responses"]} == {"200", "400", "408", "413", "415", "422", "500", "503", "504"}
+    reference = predict["responses"]["422"]["$ref"].split("/")[1:]
+    assert functools.reduce(dict.get, reference, document)["content"].keys() == {"application/problem+json"}
+    assert {"/livez", "/readyz", "/metrics", "/predict"} == document["paths"].keys()
+    assert "security" not in document
+
+
+def test_a_handler_is_described_with_its_path_query_and_docstring(router):
+    @router.route("/users/<int:user>/<any(a, b):kind>/<name>", methods=["GET", "DELETE"])
+    @validate_params({"name": {"type": "string", "maxlength": 9}, "most": {"type": "integer", "default": 5}})
+    def users(user, kind, name, most):
+        """Who they are."""
+
+    item = openapi_of(router, "/api/")["paths"]["/api/users/{user}/{kind}/{name}"]
+    assert item.keys() == {"get", "delete"} and item["get"]["summary"] == "Who they are."
+    assert "requestBody" not in item["get"]
+    parameters = {p["name"]: (p["in"], p["required"], p["schema"]) for p in item["get"]["parameters"]}
+    assert parameters == {
+        "user": ("path", True, {"type": "integer", "minimum": 0}),
+        "kind": ("path", True, {"type": "string", "minLength": 1, "enum": unordered("a", "b")}),
+        "name": ("path", True, {"type": "string", "minLength": 1, "maxLength": 9}),
+        "most": ("query", False, {"type": ["integer", "null"], "default": 5}),
+    }
+    assert {"404", "422", "default"} < item["get"]["responses"].keys()
+
+
+class unordered(list):
+    def __init__(self, *items):
+        super().__init__(items)
+
+    def __eq__(self, other):
+        return sorted(self) == sorted(other)
+
+
+def test_a_file_is_described_as_a_form(router):
+    router.route("up")(validate_params({"image": {"type": "binary", "required": True}})(lambda image: len(image)))
+    body = openapi_of(router)["paths"]["/up"]["post"]["requestBody"]["content"]
+    assert body["multipart/form-data"]["schema"]["properties"] == {"image": {"type": "string", "format": "binary"}}
+
+
+def test_urls_are_relative_to_the_description_so_that_a_prefix_does_no_harm():
+    app = flask.Flask("host")
+    host = make(app)
+    host.register_router("/ml/v1", host.docs)
+    app.get("/own")(lambda: "own")
+    app.post("/checked", endpoint="checked")(validate_params(X)(lambda x: x))
+    assert app.test_client().get("/docs").status_code == 404
+    assert app.test_client().get("/ml/v1/openapi.json").json["servers"] == [{"url": "../.."}]
+    assert make().app.test_client().get("/openapi.json").json["servers"] == [{"url": "."}]
+    paths = app.test_client().get("/ml/v1/openapi.json").json["paths"]
+    assert paths.keys() == {"/checked"}  # what is known of, and nothing of the host's own
+
+
+def test_two_rules_of_one_path_are_described_once_and_ids_are_unique(router):
+    router.route("/<int:n>", method="GET", endpoint="a")(lambda n: n)
+    router.route("/<name>", method="GET", endpoint="b")(lambda name: name)
+    router.route("/a/b", endpoint="c")(lambda: 1)
+    router.route("/a_b", endpoint="d")(lambda: 1)
+    paths = openapi_of(router)["paths"]
+    ids = [operation["operationId"] for item in paths.values() for operation in item.values()]
+    assert len(set(ids)) == len(ids) and "post_a_b" in ids
+
+
+def test_the_key_is_described_where_there_is_one():
+    document = locked().app.test_client().get("/openapi.json").json
+    assert document["security"] == [{"bearer": []}, {"header": []}]
+    assert document["components"]["securitySchemes"]["bearer"] == {"type": "http", "scheme": "bearer"}
+    paths = document["paths"]
+    assert "security" not in paths["/predict"]["post"] and "401" in paths["/predict"]["post"]["responses"]
+    for url in ("/livez", "/readyz", "/metrics", "/ping"):
+        assert paths[url]["get"]["security"] == [] and "401" not in paths[url]["get"]["responses"]
+
+
+def test_documentation_can_be_switched_off():
+    client = make(docs=False).app.test_client()
+    assert {client.get(url).status_code for url in ("/docs", "/openapi.json")} == {404}
+    assert "/docs" not in client.get("/docs").json["detail"].replace("at /docs", "")
+    host = Mest(MestConfig("host", environ={"MEST_DOCS": "0"}), app=flask.Flask("host"))
+    host.register_router("/", host.docs)
+    assert host.app.test_client().get("/docs").status_code == 404
+
+
+def test_the_page_is_small_and_allows_nothing_but_itself():
+    page = make().app.test_client().get("/docs")
+    assert len(page.data) < 20_000 and page.content_type == "text/html; charset=utf-8"
+    policy = page.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; connect-src 'self'") and "unsafe" not in policy
+    assert not re.search("innerHTML|insertAdjacent|document.write|https?://|<[^>]+ on[a-z]+=", page.text)
+
+
+# The page, in a browser
+
+
+class Browser:
+    """A headless Chromium, driven through https://www.w3.org/TR/webdriver2/"""
+
+    def __init__(self, folder):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.driver = subprocess.Popen(["chromedriver", f"--port={self.port}"], **quiet, start_new_session=True)
+        until(lambda: self.listens())
+        flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+        flags += "disable-component-update disable-sync disable-dev-shm-usage"
+        arguments = [*("--" + flag for flag in flags.split()), f"--user-data-dir={folder}"]
+        options = {"args": arguments, "binary": shutil.which("chromium")}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        self.session = ""
+        self.session = "/" + self("POST", "", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+
+    def listens(self):
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port)).close()
+            return True
+
+    def __call__(self, method, path, body=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        sent = json.dumps(body) if method == "POST" else None
+        connection.request(method, f"/session{self.session}{path}", sent, JSON)
+        value = json.loads(connection.getresponse().read())["value"]
+        connection.close()
+        assert not isinstance(value, dict) or "error" not in value, value
+        return value
+
+    def run(self, script, *arguments):
+        return self("POST", "/execute/sync", {"script": script, "args": arguments})
+
+    def find(self, selector):
+        found = self("POST", "/element", {"using": "css selector", "value": selector})
+        return f"/element/{[*found.values()][0]}"
+
+    def text(self, selector):
+        return self.run("return document.querySelector(arguments[0]).textContent", selector)
+
+    def fill(self, selector, text):
+        element = self.find(selector)
+        if "file" != self.run("return document.querySelector(arguments[0]).type", selector):
+            self("POST", element + "/clear", {})
+        self("POST", element + "/value", {"text": text})
+
+    def send(self, operation):
+        """Press the Send button of an operation, and return the status line of the answer."""
+        status = f"#{operation} [role=status]"
+        self.run("document.querySelector(arguments[0]).textContent = ''", status)
+        self.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", f"#{operation} button")
+        self("POST", self.find(f"#{operation} button") + "/click", {})
+        until(lambda: self.text(status))
+        return self.text(status)
+
+    def log(self, kind):
+        return self("POST", "/se/log", {"type": kind})
+
+    def quit(self):
+        with contextlib.suppress(OSError):
+            self("DELETE", "")
+        os.killpg(self.driver.pid, signal.SIGKILL)
+        self.driver.wait(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("needs chromium and chromedriver")
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.quit()
+
+
+PAGE_APP = APP + """
+router.route("/users/<name>", method="GET")(validate_params({"n": {"type": "integer", "default": 3}})(
+    lambda name, n: {"name": name, "n": n}))
+
+@router.route("/picture")
+@validate_params({"image": {"type": "binary", "required": True}, "note": {"type": "string"}})
+def picture(image, note="none"):
+    "A picture <img src=x onerror=alert(1)> & more."
+    return {"bytes": len(image), "note": note}
+"""
+
+
+def test_the_page_sends_predictions_and_shows_errors_at_their_fields(project, browser):
+    project.write(app=PAGE_APP)
+    (project.path / "a.png").write_bytes(b"12345")
+    with project.serve("run", "gunicorn", MEST_API_KEY="s3cret") as server:
+        home = f"http://127.0.0.1:{server.port}"
+        browser.log("performance")  # of the browser's own first page
+        browser("POST", "/url", {"url": home + "/docs"})
+        until(lambda: "ready" in browser.text("#state"))
+        assert browser.text("#state") == f"ready · models: Doubler · Mest {mest.__version__}"
+        assert browser.run("return document.querySelector('#post_predict').open")
+
+        assert browser.send("post_predict").startswith("401 ")
+        browser.fill("#key input", "s3cret")
+        assert re.match(r"200 OK in \d+\.\d ms", browser.send("post_predict"))
+        assert json.loads(browser.text("#post_predict pre")) == {"y": 2}
+        curl = browser.text("#post_predict pre:last-of-type")
+        assert curl == (
+            f"""curl '{home}/predict' -H "Authorization: Bearer $MEST_API_KEY" """
+            """-H 'Content-Type: application/json' -d '{ "x": 1 }'"""
+        )
+        if shutil.which("curl"):
+            done = subprocess.run(["sh", "-c", curl], env={**os.environ, "MEST_API_KEY": "s3cret"}, capture_output=True)
+            assert done.stdout == b'{"y":2}\n'
+
+        browser.fill("#post_predict textarea", '{"x": "it\'s", "y": 2}')
+        assert browser.send("post_predict").startswith("422 ")
+        assert browser.text("#post_predict-x-error") == "must be of float type"
+        assert browser.text("#post_predict-others") == "y: unknown field\n"
+        assert browser.text("#post_predict pre:last-of-type").endswith("""-d '{"x": "it'\\''s", "y": 2}'""")
+        assert browser.send("post_predict") and browser.text("#post_predict-others") == "y: unknown field\n"
+
+        browser.run("document.querySelectorAll('details').forEach(each => each.open = true)")
+        browser.fill("#get_users_name input", "a/b c")
+        assert browser.send("get_users_name").startswith("404 ")  # as a path may not have a slash
+        browser.fill("#get_users_name input", "b c")
+        browser.fill("#get_users_name tr:last-of-type input", "x")
+        assert browser.send("get_users_name").startswith("422 ")
+        assert browser.text("#get_users_name-n-error") == "must be of integer type"
+        browser.fill("#get_users_name tr:last-of-type input", "5")
+        assert browser.send("get_users_name").startswith("200 ")
+        assert json.loads(browser.text("#get_users_name pre")) == {"name": "b c", "n": 5}
+
+        browser.fill("#post_picture input[type=file]", str(project.path / "a.png"))
+        assert browser.send("post_picture").startswith("200 ")
+        assert json.loads(browser.text("#post_picture pre")) == {"bytes": 5, "note": "none"}
+        assert browser.text("#post_picture pre:last-of-type").endswith("-F 'image=@a.png'")
+        assert "<img src=x onerror=alert(1)> & more." in browser.text("#post_picture summary")
+
+        events = [json.loads(entry["message"])["message"] for entry in browser.log("performance")]
+        urls = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+        assert {url for url in urls if not url.startswith((home, "data:", "chrome:"))} == set()
+        severe = [entry["message"] for entry in browser.log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+        assert all("status of 4" in message for message in severe)  # which Chromium says of each such answer
+
+
+def test_the_page_can_be_used_with_the_keyboard_and_on_a_phone(project, browser):
+    project.write(app=PAGE_APP)
+    with project.serve("run", "gunicorn") as server:
+        browser("POST", "/window/rect", {"width": 500, "height": 800})
+        browser("POST", "/url", {"url": f"http://127.0.0.1:{server.port}/docs"})
+        until(lambda: "ready" in browser.text("#state"))
+        assert browser.run("return document.querySelector('#key').hidden")
+        browser.run("document.querySelectorAll('details').forEach(each => each.open = true)")
+        assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        browser.fill("#post_predict textarea", '{"x": 4}\ue009\ue007')  # Control and Enter
+        until(lambda: browser.text("#post_predict [role=status]"))
+        assert browser.text("#post_predict pre") == '{"y":8}\n'
+        named = "return [...document.querySelectorAll('input, textarea')].every(e => e.ariaLabel || e.labels.length)"
+        assert browser.run(named)
+
+
 # Application
 
 
@@ -2326,7 +2759,7 @@ def test_an_application_has_one_mest():
     with pytest.raises(MestError, match="has a Mest already"):
         make(app)
     with pytest.raises(MestError, match="it must be a MestConfig"):
-        Mest("iris")
+        Mest(5)
     with pytest.raises(MestError, match="the application 'app'; it must be a flask.Flask"):
         make("app")
     with pytest.raises(MestError, match="register_router takes url and router"):
@@ -2358,7 +2791,8 @@ def test_a_model_that_cannot_be_loaded_stops_the_setup_with_its_name(failure, tm
     with pytest.raises(MestError) as caught:
         make(models=[Broken()], local_model_directory_path="nowhere").setup()
     assert str(caught.value).startswith(f"model Broken could not be loaded: {type(failure).__name__}: {failure}")
-    assert "local_model_directory_path is 'nowhere': no directory" in str(caught.value)
+    nowhere = "local_model_directory_path is 'nowhere', and there is no directory " + os.path.abspath("nowhere")
+    assert nowhere in str(caught.value)
     assert caught.value.__cause__ is failure
     with pytest.raises(MestError) as caught:
         make(models=[Broken()], local_model_directory_path=str(tmp_path)).setup()
@@ -2425,9 +2859,9 @@ def test_a_model_is_loaded_once_however_it_is_served(running):
     assert running.output.count("model Doubler loaded in") == 1
 
 
-def test_a_server_logs_failures_as_json_and_says_nothing_to_the_client(running):
+def test_a_server_logs_failures_as_json_and_says_nothing_to_the_client(running, request):
     status, body, headers = running.ask("/fail")
-    assert status == 500 and b"hunter2" not in body
+    assert status == 500 and (b"hunter2" in body) == ("[dev" in request.node.name)
     found = running.wait_for(r'(\{.*"request_id": "%s".*\})' % headers["X-Request-Id"])
     assert "hunter2" in json.loads(found.group(1))["traceback"]
 
@@ -2493,6 +2927,21 @@ def test_the_development_server_reloads_and_waits_while_the_application_is_broke
         assert server.ask("/predict", {"x": 3})[1] == b'{"y":15}\n'
 
 
+def test_the_development_server_says_where_to_click_and_shows_what_failed(project):
+    project.write(app=APP)
+    (project.path / "_models").mkdir()
+    (project.path / "_models" / "weights").write_text("1")
+    with project.serve("run", "dev") as server:
+        server.wait_for(rf"try it in a browser: http://127.0.0.1:{server.port}/docs")
+        problem = json.loads(server.ask("/fail")[1])
+        assert problem["detail"] == "KeyError: 'hunter2'" and problem["traceback"][-1] == "KeyError: 'hunter2'"
+        assert "app.py" in problem["traceback"][1] and "mest.py" not in " ".join(problem["traceback"])
+        server.wait_for(r"KeyError: 'hunter2'")
+        assert server.output.count("try it in a browser") == 1
+        os.utime(project.path / "_models" / "weights", (time.time() + 5,) * 2)
+        server.wait_for("(?s)reloading.*loaded in.*try it in a browser")  # with what the model is now
+
+
 def test_the_debugger_needs_the_option_and_a_loopback_address(project):
     project.write(app=APP)
     for host in ("0.0.0.0", "192.0.2.1"):
@@ -2500,7 +2949,7 @@ def test_the_debugger_needs_the_option_and_a_loopback_address(project):
         assert done.returncode == 1 and f"--debug lets whoever reaches {host} run code" in done.stderr
     with project.serve("run", "dev", "--debug", "--no-reload") as server:
         assert b"hunter2" in server.ask("/fail")[1]
-    with project.serve("run", "dev", "--no-reload") as server:
+    with project.serve("run", "dev", "--no-reload", "--host", "0.0.0.0") as server:
         assert b"hunter2" not in server.ask("/fail")[1]
 
 
@@ -2962,7 +3411,7 @@ def test_one_line_at_the_start_tells_what_is_served_and_how(project):
         assert len(lines) == 1
         assert re.fullmatch(
             r"serves on http://127.0.0.1:\d+, 2 workers of 3 threads; model Doubler \(0.\d\d\d s\); GET /livez directly; "
-            r"GET /readyz directly; GET /metrics directly; POST /predict directly; "
+            r"GET /readyz directly; GET /metrics directly; .*; POST /predict directly; "
             r"GET /ping through Flask: it has a handler of its own; .*", lines[0],
         )
 
@@ -3012,11 +3461,148 @@ def test_the_version_is_shown():
     assert done.stdout == f"mest {mest.__version__}\n"
 
 
+FIRST = """
+from mest import GenericModel, Mest, MestConfig, Router, validate_params
+
+class Doubler(GenericModel):
+    def init(self, directory_path):
+        self.model = 2
+
+    def infer(self, x):
+        return {"y": self.model * x}
+
+X = {"x": {"type": "float", "required": True}}
+doubler, router, mest_app = Doubler(), Router("v1"), Mest(MestConfig("doubler", environ={}))
+router.add_predict_route(doubler, X)
+mest_app.register_router(url="/", router=router)
+"""
+HANDLER = """
+@router.route("double")
+@validate_params(X)
+def double(x):
+    return 2 * x
+"""
+
+
+@pytest.mark.parametrize("before, after, message", [
+    ("mest_app.register_router(", "(dict)(", r"the routes of router 'v1' are not served; call mest_app.register_router\("
+     r'url="/", router=router\)$'),
+    ("self.model = 2", "self.model = open(directory_path + '/w')", r"model Doubler could not be loaded: FileNotFoundError: "
+     r".*; local_model_directory_path is '_models', and there is no directory /\S+/_models$"),
+    ("self.model = 2", "import nosuchpackage", r"model Doubler could not be loaded: .* No module named 'nosuchpackage'; "
+     r"install it for /\S*python\S*$"),
+    ("from mest", "import nosuchpackage\nfrom mest", r"\S+ cannot be imported: ModuleNotFoundError: No module named "
+     r"'nosuchpackage'; is it installed for /\S*python\S*$"),
+    ("infer(self, x)", "infer(self, x, z)", r"\S+, line 14: the route /predict: Doubler.infer\(\) takes 'z', which is "
+     "neither in the schema nor in the url; add it to one of them$"),
+    ("infer(self, x)", "infer(self)", r"\S+, line 14: the route /predict: Doubler.infer\(\) does not take 'x', which is "
+     "in the schema; add it to the arguments$"),
+    (', "required": True', "", r"\S+, line 14: the route /predict: Doubler.infer\(\) needs 'x', which requests may lack; "
+     "make it required, or give it a default$"),
+    ("(doubler, X)", "(doubler)", r"\S+, line 13: no schema can be made for x of Doubler.infer\(\); annotate it, as in x: "
+     "float, or give a schema$"),
+    ("def infer(", "def inferr(", r"\S+, line 13: the predict route '/predict' of router 'v1': Doubler has neither infer\(\) "
+     r"nor infer_batch\(\)$"),
+    ("(doubler, X)", "(Doubler, X)", r"\S+, line 13: .* has the model <class 'app\d+.Doubler'>; it must be an object with "
+     r"predict\(\), an instance and not a class$"),
+    ("def double(x)", "def double()", r"\S+, line 1\d: the route /double: double\(\) does not take 'x'"),
+    ("@validate_params(X)\n", "", r"\S+, line 1\d: the route /double: double\(\) takes 'x', .*; is @validate_params missing "
+     "below the route\\?$"),
+    ('@router.route("double")\n@validate_params(X)', '@validate_params(X)\n@router.route("double")', r"\S+, line 1\d: the "
+     r"route /double: .* is @validate_params missing below the route\?$"),
+    ("@validate_params(X)", "@validate_params", r"\S+, line 1\d: double\(\): write @validate_params\({…}\), with a schema$"),
+    ("@validate_params(X)", "@validate_params({'x': {'tpye': 'float'}})", r"\S+, line 1\d: .*: the schema is wrong: .*; did you "
+     r"mean 'type'\?$"),
+    ("@validate_params(X)", "@validate_params({'x': {'type': 'int'}})", r".*Unsupported types: int.*; did you mean 'integer'\?$"),
+    ('route("double")', 'route("predict")', r"\S+, line 1\d: POST /predict of router 'v1' is a route already, of the endpoint "
+     "'v1.predict'; give one of them another url$"),
+    ('route("double")', 'route("docs", method="GET")', r"\S+, line 1\d: GET /docs .* another url, or set docs=False$"),
+    ('MestConfig("doubler"', 'MestConfig("doubler", prot=5', r"\S+, line 12: MestConfig has no 'prot', only listen_port, "),
+    ('MestConfig("doubler"', 'MestConfig("doubler", models_instances=[Doubler]', r"\S+, line 12: .* it must be an instance"),
+    ("@router.route", "second = Mest('second')\n@router.route", r"\S+: its instances of Mest are mest_app, second; make one "
+     r"named mest_app, or name one: --app \S+:NAME$"),
+    ("mest_app", "mest_app_", None),
+])
+def test_a_mistake_at_the_start_is_one_line_that_names_the_cure(before, after, message, project, monkeypatch):
+    name = f"app{next(COUNT)}"
+    assert before in FIRST + HANDLER
+    project.write(**{name: (FIRST + HANDLER).replace(before, after)})
+    monkeypatch.chdir(project.path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    load = lambda: mest.load_app(types.SimpleNamespace(app=name + ".py"))[0].load_models()
+    try:
+        if message is None:
+            return load()
+        if "instances of Mest" in message:
+            (project.path / f"{name}.py").write_text((FIRST + HANDLER).replace("mest_app", "first") + "second = Mest('second')\n")
+            message = message.replace("mest_app, second", "first, second")
+        with pytest.raises(MestError) as caught:
+            load()
+        assert re.match(f"mest: {message}", mest.report(caught.value).splitlines()[-1])
+    finally:
+        Mest._run_by_command = False
+        sys.modules.pop(name, None)
+
+
+COUNT = itertools.count()
+
+
+def test_a_router_that_is_forgotten_beside_others_is_a_warning(project):
+    project.write(app=APP + "\nother = Router('v2')\nother.add_ping_route()\n")
+    warning = "the routes of router 'v2' are not served; call mest_app.register_router(url=\"/\", router=other)"
+    assert warning in json.loads(project.mest("shell").stdout.splitlines()[0])["message"]
+
+
+@pytest.mark.parametrize("method, url, sent, status, detail", [
+    ("POST", "/predict", {"data": '{"x": 2}', "content_type": FORM}, 415, "The body looks like JSON and is declared to be a "
+     "form; send it with the header Content-Type: application/json."),
+    ("POST", "/predict", {"data": "{'x': 2}", "headers": JSON}, 400, "The body is not valid JSON: Expecting property name "
+     "enclosed in double quotes: line 1 column 2 (char 1)."),
+    ("POST", "/predict", {"data": '{"x": 2}'}, 415, "The body is without a Content-Type; send a JSON object as "
+     "application/json, or a form."),
+    ("GET", "/predict", {"json": {"x": 2}}, 405, "/predict takes POST, not GET. /docs shows what there is."),
+    ("POST", "/predcit", {"json": {"x": 2}}, 404, "There is nothing at /predcit. Did you mean /predict? /docs shows what "
+     "there is."),
+    ("GET", "/", {}, 404, "There is nothing at /. /docs shows what there is."),
+])
+def test_a_mistake_in_a_request_is_answered_with_the_cure(method, url, sent, status, detail, router):
+    router.add_predict_route(Doubler(), X)
+    response = client_of(router).open(url, method=method, **sent)
+    assert (response.status_code, response.json["detail"]) == (status, detail)
+
+
+def test_without_documentation_nobody_is_sent_there(router):
+    assert client_of(router, docs=False).get("/x").json["detail"] == "There is nothing at /x."
+
+
+def test_a_set_in_the_answer_is_an_error_that_names_the_cure(answer, capsys):
+    assert answer({"found": {1, 2}}).status_code == 500
+    (line,) = log_of(capsys)
+    text = "a set in the result has no form in JSON; return a dictionary, list, number, text or array"
+    assert text in line["message"]
+
+
+def test_a_batching_model_without_a_size_is_a_warning(router, capsys):
+    class Model(GenericModel):
+        def infer_batch(self, payloads):
+            return payloads
+
+    make(models=[Model()]).setup()
+    assert log_of(capsys)[-1]["message"] == "model Model gets no batches: set its max_batch_size"
+
+
 BROKEN = "import nosuchpackage\n"
 TWO = APP + "second = Mest(MestConfig('second', 8001))\ndel mest_app\n".replace("del mest_app", "first = mest_app; del mest_app")
 
 
 @pytest.mark.parametrize("command", [("run", "dev"), ("run", "gunicorn"), ("shell",)])
+def test_a_failure_is_the_same_message_whatever_the_command(project, command):
+    project.write(app=BROKEN)
+    done = project.mest(*command)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("mest: app.py cannot be imported: ModuleNotFoundError: No module")
+
+
 @pytest.mark.parametrize(
     "files, args, message",
     [
@@ -3027,13 +3613,14 @@ TWO = APP + "second = Mest(MestConfig('second', 8001))\ndel mest_app\n".replace(
         ({"app": "x +"}, [], r"mest: app.py cannot be imported: SyntaxError: invalid syntax"),
         ({"app": "x = 1"}, [], r"mest: app.py: it has no Mest; make one named mest_app"),
         ({"app": TWO}, [], r"mest: app.py: its instances of Mest are second, first; .* --app app.py:NAME"),
+        ({"main": APP, "utils": ""}, [], r"mest: there is no application app.py in \S+, which has main.py, utils.py; name it"),
         ({"app": APP}, ["--app", "app.py:other"], r"mest: app.py: its instances of Mest are mest_app; "),
         ({"app": APP.replace("8000", "70000")}, [], r"mest: \S+/app.py, line 13: listen_port is 70000"),
     ],
 )
-def test_every_failure_is_one_clear_message(project, command, files, args, message):
+def test_every_failure_is_one_clear_message(project, files, args, message):
     project.write(**files)
-    done = project.mest(*args, *command)
+    done = project.mest(*args, "shell")
     assert done.returncode == 1 and done.stdout == ""
     assert re.match(message, done.stderr.splitlines()[-1])
     user_raised = "cannot be imported" in message and files
@@ -3069,7 +3656,8 @@ def test_a_port_in_use_is_said(project):
         dev = project.mest("run", "dev", "--port", port)
         assert dev.returncode == 1 and f"Port {port} is in use by another program" in dev.stderr
         gunicorn = project.mest("run", "gunicorn", "--host", "127.0.0.1", "--port", port)
-        assert gunicorn.returncode == 1 and f"cannot listen on ['127.0.0.1:{port}']: Address already in use" in gunicorn.stderr
+        assert gunicorn.returncode == 1 and f"cannot listen on 127.0.0.1:{port}: Address already in use" in gunicorn.stderr
+        assert "choose another with --port or MEST_LISTEN_PORT" in gunicorn.stderr
 
 
 @pytest.mark.parametrize("package, command", [("gunicorn", ["run", "gunicorn"]), ("pytest", ["test"])])
@@ -3103,17 +3691,118 @@ def test_the_shell_has_the_service_at_hand(project):
     assert done.returncode == 0
     for text in ("{'y': 8} yes", "{'message': 'doubler is up'} doubler", "doubler 8000"):
         assert text in done.stdout
-    assert "mest_app, app, client, doubler" in done.stderr
+    assert done.stderr.startswith(
+        "doubler\n  mest_app, app, client: the service, its Flask application, a client to test it\n"
+        "  doubler: model Doubler, loaded\n  client.post('/predict', json={'x': 1})\n"
+    )
 
 
 def test_mest_test_runs_pytest_with_its_arguments_and_exit_code(project):
-    project.write(test_a="def test_one(): pass\ndef test_two(): assert 0\n", app="import nosuchpackage")
+    project.write(test_a="def test_one(): pass\ndef test_two(): assert 0\n")
     assert project.mest("test").returncode == 1
     done = project.mest("test", "-k", "one", "-v")
     assert done.returncode == 0 and "test_one PASSED" in done.stdout and "1 deselected" in done.stdout
     assert project.mest("test", "test_a.py::test_two").returncode == 1
     assert project.mest("test", "-k", "nothing").returncode == 5
     assert project.mest("test", "--nosuch").returncode == 4
+
+
+EXAMPLES = APP + """
+router.add_predict_route(doubler, {"x": {"type": "float", "required": True}}, url="/at/<x>", method="GET", example={"x": 3})
+
+@router.route("/size/<name>", method="PUT")
+@validate_params({"image": {"type": "binary", "required": True}, "n": {"type": "list"}}, example={"image": b"123", "n": [1, 2]})
+def size(name, image, n=()):
+    return {}
+
+@router.route("/length")
+@validate_params({"image": {"type": "binary", "required": True}, "n": {"type": "list"}}, example={"image": b"123", "n": [1, 2]})
+def length(image, n=()):
+    return {"length": len(image), "n": n}, len(image) * 67
+"""
+
+
+def test_mest_test_first_sends_each_example(project):
+    project.write(app=EXAMPLES)
+    done = project.mest("test", MEST_API_KEY="a,b")
+    assert done.returncode == 0, done.stdout
+    lines = [line for line in done.stdout.splitlines() if re.match("GET|POST|PUT", line)]
+    sent = [re.fullmatch(r"(\w+ \S+): (\d+) in \d+\.\d ms", line).groups() for line in lines]
+    assert sorted(sent) == [("GET /at/3", "200"), ("POST /length", "201"), ("POST /predict", "200")]
+    project.write(app=EXAMPLES.replace('{"y":', 'x and {"y":').replace("return x and", "1 / 0; return"))
+    project.write(test_it="def test_that(): pass\n")
+    done = project.mest("test")
+    assert done.returncode == 1 and "1 passed" in done.stdout
+    assert re.search(r"^POST /predict: 500 in \S+ ms ZeroDivisionError: division by zero$", done.stdout, re.M)
+
+
+def test_mest_test_says_why_the_application_cannot_be_tested_and_goes_on(project):
+    project.write(app=BROKEN, test_it="import sys\ndef test_that(): assert 'app' not in sys.modules\n")
+    done = project.mest("test")
+    assert done.returncode == 1 and "1 passed" in done.stdout
+    assert "mest: app.py cannot be imported: ModuleNotFoundError" in done.stderr
+
+
+def test_a_mest_named_after_a_service_has_a_router_and_loads_the_models_of_its_routes(capsys):
+    mest_app = Mest("doubler")
+    mest_app.router.add_predict_route(Typed())
+    client = mest_app.app.test_client()
+    assert client.get("/readyz").json["detail"] == "The model Typed is not loaded."
+    mest_app.setup()
+    assert client.get("/readyz").status_code == 200
+    assert client.post("/predict", json={"x": 2}).json == [2, [], None]
+    late = Typed()
+    mest_app = Mest("late").setup()
+    mest_app.router.add_predict_route(late)
+    assert late.is_loaded and mest_app.models == [late]
+    mest_app.router.add_predict_route(late, url="again")
+    assert mest_app.models == [late]
+
+
+class Typed(GenericModel):
+    def infer(self, x: float, tags: list[str] = [], name: Optional[str] = None):
+        return [x, tags, name]
+
+
+def f(a: int, b: bool, c: bytes, d: dict, e: dict[str, float], f: list[list[int]], g: Literal["x", 1], h: "str | None", i: str = "j"):
+    pass
+
+
+def test_annotations_make_a_schema():
+    sure = {"required": True}
+    assert mest.schema_of(f) == {
+        "a": {"type": "integer", **sure}, "b": {"type": "boolean", **sure}, "c": {"type": "binary", **sure},
+        "d": {"type": "dict", **sure}, "e": {"type": "dict", "valuesrules": {"type": "number"}, **sure},
+        "f": {"type": "list", "schema": {"type": "list", "schema": {"type": "integer"}}, **sure},
+        "g": {"type": ["integer", "string"], "allowed": ["x", 1], **sure}, "h": {"type": "string", "nullable": True, **sure},
+        "i": {"type": "string", "default": "j"},
+    }
+    assert mest.schema_of(Typed().infer)["name"] == {"type": "string", "nullable": True, "default": None}
+    for wrong in (lambda x: x, lambda **x: x):
+        with pytest.raises(MestError, match="no schema can be made for x of .*; annotate it, as in x: float, or give a schema"):
+            mest.schema_of(wrong)
+
+
+@pytest.mark.parametrize("annotation", ["list[complex]", "int | str", "object", "list[int, str]", "Literal[None]", "nosuch"])
+def test_an_annotation_that_stands_for_no_rules_is_refused(annotation):
+    def function(x):
+        pass
+
+    function.__annotations__ = {"x": annotation}
+    with pytest.raises(MestError, match="no schema can be made for x of|the annotations of .* are wrong: name 'nosuch'"):
+        mest.schema_of(function)
+
+
+def test_a_stage_before_infer_gives_the_schema(router):
+    class Model(Typed):
+        def pre_process(self, text: str):
+            return [len(text)]
+
+    router.add_predict_route(Model())
+    client = client_of(router)
+    assert client.post("/predict", json={"x": 3}).json["errors"] == {"text": ["required field"], "x": ["unknown field"]}
+    with pytest.raises(MestError, match="has no schema, and infer_batch.. tells nothing about it"):
+        router.add_predict_route(Batched(), url="/b")
 
 
 # The project's files
@@ -3125,62 +3814,217 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-@pytest.fixture(scope="module", params=["dev", "gunicorn"])
-def example(request, tmp_path_factory):
-    project = Project(tmp_path_factory.mktemp("example"))
-    with project.serve("--app", str(HERE / "example_app.py"), "run", request.param) as server:
-        yield server
-
-
-def test_the_example_answers_as_the_readme_says(example):
-    (curl,) = [block for block in blocks("sh") if block.startswith("curl")]
-    url, header, body = re.search(r"8000(\S+) -H '(.*)' -d '(.*)'", curl).groups()
-    status, answer, _ = example.ask(url, body.encode(), headers=dict([header.split(": ")]))
-    assert (status, answer.decode()) == (200, blocks("json")[0])
-    status, answer, _ = example.ask(url, {"flower": ["a", 3.5, 1.4, 0.2]})
-    shown = json.loads(blocks("json")[1].replace("\n", ""))
-    answer = json.loads(answer)
-    assert status == 422 and [*answer] == [*shown] and answer["errors"] == shown["errors"]
-    assert example.ask("/species/setosa?decimals=1")[1] == b'{"weights":[-0.4,2.1,-4.3,-2.0,14.3]}\n'
-    assert example.ask("/species/rose")[0] == 404 and example.ask("/ping")[0] == 200
+def test_the_example_works(project):
+    with project.serve("--app", str(HERE / "example_app.py"), "run", "gunicorn") as example:
+        status, body, _ = example.ask("/predict", {"flower": [5.1, 3.5, 1.4, 0.2]})
+        assert (status, json.loads(body)["species"]) == (200, "setosa")
+        assert json.loads(example.ask("/predict", {"flower": ["a", 3.5, 1.4, 0.2]})[1])["errors"].keys() == {"flower"}
+        assert example.ask("/species/setosa?decimals=1")[1] == b'{"weights":[-0.4,2.1,-4.3,-2.0,14.3]}\n'
+        assert example.ask("/species/rose")[0] == 404 and example.ask("/ping")[0] == 200
 
 
 def test_the_first_service_of_the_readme_and_of_the_module_serve(project):
     in_module = re.search(r"\n\n((?:    .*\n|\n)+?)\nThe path", mest.__doc__).group(1).replace("\n    ", "\n")
+    url, header, body, answer = re.search(r"8000(\S+) -H '(.*)' -d '(.*)'  # (.*)", blocks("sh")[0]).groups()
     for source in (blocks("python")[0], in_module.replace("    from", "from", 1)):
         project.write(app=source)
-        assert len(source.splitlines()) <= 16
+        assert len(source.splitlines()) <= 12
         with project.serve("run", "dev") as server:
-            assert server.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
+            sent = server.ask(url, body.encode(), headers=dict([header.split(": ")]))
+            assert sent[:2] == (200, answer.encode() + b"\n")
+            assert server.ask(url, {"x": "a"})[0] == server.ask(url, {})[0] == server.ask(url, {"x": 1, "y": 2})[0] == 422
 
 
-def test_the_other_code_of_the_readme_works(tmp_path):
-    model, _, routes, embedded = blocks("python")[1:]
-    (tmp_path / "words.json").write_text('{"good": 2, "bad": -1}')
-    names = {**vars(mest), "json": json, "flask": flask, "__name__": "readme"}
-    exec(model, names)
-    sentiment = names["sentiment"] = names["Sentiment"]()
-    mest_app = names["mest_app"] = make(models=[sentiment], local_model_directory_path=str(tmp_path)).setup()
-    exec(routes, names)
-    exec(embedded, names)
-    for client, prefix in ((mest_app.app.test_client(), ""), (names["app"].test_client(), "/ml")):
-        answer = client.post(prefix + "/sentiment", json={"text": "Good bad"})
-        assert answer.json == {"sentiment": "good", "score": 1}
-        assert client.get(prefix + "/words/bad?default=3").json == {"score": -1}
-        assert client.get(prefix + "/ping").status_code == 200
-    assert names["app"].test_client().post("/orders", json={"count": 2}).json == {"ordered": 2}
+def readme(number, **names):
+    """What a block of the README's Python defines."""
+    names = {**vars(mest), "json": json, "io": io, "flask": flask, "Path": Path, "pytest": pytest, **names, "__name__": "readme"}
+    exec(compile(blocks("python")[number], "README.md", "exec", dont_inherit=True), names)
+    return names
 
 
-def test_the_batching_example_of_the_readme_works():
-    datasets, ensemble = pytest.importorskip("sklearn.datasets"), pytest.importorskip("sklearn.ensemble")
-    names = {**vars(mest), **vars(datasets), **vars(ensemble), "__name__": "readme"}
-    exec(blocks("python")[2], names)
-    flowers = names["Flowers"]()
-    mest_app, router = make(models=[flowers]).setup(), Router("v1")
-    router.add_predict_route(flowers, {"flower": {"type": "list", "schema": {"type": "float"}}})
+def test_the_other_code_of_the_readme_works(tmp_path, monkeypatch):
+    (tmp_path / "_models").mkdir()
+    (tmp_path / "_models" / "words.json").write_text('{"good": 2, "bad": -1}')
+    monkeypatch.chdir(tmp_path)
+    mest_app = make().setup()
+    names = readme(3, **readme(1), mest_app=mest_app)
+    client = mest_app.app.test_client()
+    assert client.post("/sentiment", json={"text": "Good bad"}).json == {"sentiment": "good", "score": 1}
+    assert client.get("/words/bad?default=3").json == {"score": -1} and client.get("/ping").status_code == 200
+    readme(5, mest_app=mest_app)
+    app = readme(6, Doubler=readme(0)["Doubler"])["app"]
+    app.register_blueprint(names["router"].blueprint, url_prefix="/ml")
+    client = app.test_client()
+    assert client.post("/orders", json={"count": 2}).json == {"ordered": 2}
+    assert client.post("/double", json={"x": 2}).json == {"y": 4}
+    assert {client.get(url).status_code for url in ("/readyz", "/ml/docs", "/ml/words/good")} == {200}
+
+
+FOUR = {"x": {"type": "list", "required": True, "schema": {"type": "float"}, "minlength": 4, "maxlength": 4}}
+
+
+def predictions(model, path):
+    mest_app, router = make(local_model_directory_path=str(path)), Router("v1")
+    router.add_predict_route(model, FOUR)
+    mest_app.setup().register_router("/", router)
+    return mest_app.app.test_client().post("/predict", json={"x": [1.0, 2.0, 3.0, 4.0]}).json
+
+
+def test_the_readmes_model_of_scikit_learn_works(tmp_path):
+    pytest.importorskip("sklearn")
+    import joblib
+    from sklearn.linear_model import LogisticRegression
+
+    fitted = LogisticRegression().fit([[0.0, 0, 0, 0], [1, 2, 3, 4]], [0, 1])
+    joblib.dump(fitted, tmp_path / "flowers.joblib")
+    assert predictions(readme(2, joblib=joblib)["Flowers"](), tmp_path)[1] > 0.5
+
+
+def test_the_readmes_model_of_torch_works(tmp_path):
+    torch = pytest.importorskip("torch")
+    linear = torch.nn.Linear(4, 1, bias=False)
+    torch.nn.init.ones_(linear.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(linear).save(str(tmp_path / "net.pt"))
+        assert predictions(readme(2, torch=torch)["Net"](), tmp_path) == [10.0]
+
+
+def test_the_readmes_model_of_onnx_works(tmp_path):
+    onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    import numpy
+
+    kind = onnx.TensorProto.FLOAT
+    sides = [onnx.helper.make_tensor_value_info(name, kind, ["n", 4]) for name in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "g", sides[:1], sides[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, str(tmp_path / "net.onnx"))
+    model = readme(2, onnxruntime=onnxruntime, numpy=numpy)["Onnx"]()
+    assert predictions(model, tmp_path) == [-1.0, -2.0, -3.0, -4.0]
+
+
+def test_the_readmes_files_and_streams_work():
+    Image, numpy = pytest.importorskip("PIL.Image"), pytest.importorskip("numpy")
+    mest_app, router = make().setup(), Router("v1")
     mest_app.register_router("/", router)
-    answer = mest_app.app.test_client().post("/predict", json={"flower": [5.1, 3.5, 1.4, 0.2]})
-    assert answer.json == [1.0, 0.0, 0.0]
+    readme(4, Image=Image, numpy=numpy, router=router)
+    picture = io.BytesIO()
+    Image.new("L", (50, 50), 7).save(picture, "PNG")
+    client = mest_app.app.test_client()
+    answer = client.post("/picture", data={"image": (io.BytesIO(picture.getvalue()), "cat.png")})
+    assert answer.json == {"brightness": 7.0}
+    assert client.get("/count/3").text == "0\n1\n2\n"
+
+
+def test_the_dockerfile_of_the_readme_serves_as_an_unprivileged_user(project):
+    (lines,) = blocks("dockerfile")
+    steps = [line.partition(" ")[::2] for line in lines.splitlines()]
+    copied = {name for step, rest in steps if step == "COPY" for name in rest.split()[:-1]}
+    assert copied == {"requirements.txt", "mest.py", "app.py", "_models"}
+    assert ("USER", "10001") in steps and steps[0][1].endswith("-slim")
+    shutil.copy(HERE / "mest.py", project.path / "mest.py")
+    project.write(app=blocks("python")[0])
+    ((_, command),) = [step for step in steps if step[0] == "CMD"]
+    python, *command = json.loads(command)  # the exec form, so that signals arrive
+    assert python == "python"
+    with project.serve(command=command, PYTHONPATH="") as server:
+        assert server.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
+
+
+def yaml(text):
+    """The data in a document of the part of YAML that the README needs."""
+    lines = [re.sub(r"(^|\s)#.*", "", line).rstrip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+
+    def flow(tokens):
+        token = tokens.pop(0)
+        if token == "{":
+            found = {}
+            while tokens[0] != "}":
+                key, colon = flow(tokens), tokens.pop(0)
+                assert colon == ":"
+                found[key] = flow(tokens)
+                del tokens[: tokens[0] == ","]
+        elif token == "[":
+            found = []
+            while tokens[0] != "]":
+                found.append(flow(tokens))
+                del tokens[: tokens[0] == ","]
+        else:
+            plain = int(token) if token.isdigit() else {"true": True, "false": False}.get(token, token)
+            return token[1:-1] if token[0] == '"' else plain
+        tokens.pop(0)
+        return found
+
+    def inline(text):
+        return flow(re.findall(r'"[^"]*"|[][{},]|:(?= )|(?:[^][{},":\s]|:(?! ))+', text))
+
+    def block(depth):
+        found = None
+        while lines and len(lines[0]) - len(lines[0].lstrip()) == depth:
+            line = lines[0].strip()
+            if line.startswith("- "):
+                found = found or []
+                if line[2:].startswith("{"):
+                    lines.pop(0)
+                    found.append(inline(line[2:]))
+                else:
+                    lines[0] = " " * (depth + 2) + line[2:]
+                    found.append(block(depth + 2))
+                continue
+            lines.pop(0)
+            if line.startswith("{"):
+                return inline(line)
+            key, _, value = line.partition(":")
+            found = found or {}
+            value = value.strip()
+            found[key] = inline(value) if value else block(len(lines[0]) - len(lines[0].lstrip()))
+        return found
+
+    return block(0)
+
+
+def test_the_manifests_of_the_readme_agree_with_the_code():
+    deployment, service, scaler = documents = [*map(yaml, blocks("yaml")[0].split("---\n"))]
+    with contextlib.suppress(ImportError):
+        import yaml as library
+
+        assert [*library.safe_load_all(blocks("yaml")[0])] == documents
+    template = deployment["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    environ = {variable["name"]: variable.get("value", "key") for variable in container["env"]}
+    config = MestConfig("doubler", environ=environ)
+    assert all(name in {f"MEST_{field.upper()}" for field in MestConfig.FIELDS} for name in environ) and config.api_keys
+    assert template["spec"]["terminationGracePeriodSeconds"] >= config.drain_seconds + config.graceful_timeout + 5
+    (port,) = container["ports"]
+    assert port == {"name": "http", "containerPort": config.listen_port}
+    routes = {rule.rule for rule in make().app.url_map.iter_rules()}
+    for kind, path in (("startupProbe", "/readyz"), ("readinessProbe", "/readyz"), ("livenessProbe", "/livez")):
+        assert container[kind]["httpGet"] == {"path": path, "port": "http"} and path in routes
+    startup, readiness = container["startupProbe"], container["readinessProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] == config.startup_timeout
+    assert readiness["periodSeconds"] * readiness["failureThreshold"] < config.drain_seconds
+    resources = container["resources"]
+    assert resources["limits"] == resources["requests"] and int(resources["limits"]["cpu"]) == config.workers
+    assert container["securityContext"]["runAsNonRoot"] is True
+    labels = template["metadata"]["labels"]
+    assert labels == deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert service["spec"]["ports"] == [{"port": 80, "targetPort": "http"}]
+    target = scaler["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == (deployment["kind"], deployment["metadata"]["name"])
+    assert [document["apiVersion"] for document in (deployment, service, scaler)] == ["apps/v1", "v1", "autoscaling/v2"]
+    assert 1 < scaler["spec"]["minReplicas"] < scaler["spec"]["maxReplicas"]
+    assert scaler["spec"]["metrics"][0]["resource"]["target"] == {"type": "Utilization", "averageUtilization": 70}
+
+
+def test_the_queries_of_the_readme_are_of_metrics_that_there_are():
+    named = set(re.findall(r"\bmest_[a-z_]+\b", README)) - {"mest_app"}
+    suffixes = "", "_bucket"
+    assert named and named <= {name + suffix for name in mest.Metrics.FAMILIES for suffix in suffixes}
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 350
 
 
 def test_the_configuration_table_of_the_readme_is_that_of_the_code():
