@@ -337,7 +337,7 @@ def read_keys(given: Mapping[str, Any], name: str) -> list[bytes]:
     """Return the API keys that are given under a name, or in a file that is.
 
     Raises:
-        MestError: there is no key where there should be one: that must not mean that none is needed.
+        MestError: there is no key where there should be: that must not mean that none is needed.
     """
     names = {name, (name + "_file", name + "_FILE")[name.isupper()]} & given.keys()
     if len(names) > 1:
@@ -979,7 +979,8 @@ def schema_of(function: Callable) -> dict[str, dict]:
     try:
         arguments = inspect.signature(function, eval_str=True).parameters
     except Exception as error:  # annotations may be any text
-        raise MestError(f"the annotations of {function.__qualname__}() are wrong: {error}") from None
+        owner = function.__qualname__
+        raise MestError(f"the annotations of {owner}() are wrong: {error}") from None
     schema = {}
     for name, argument in arguments.items():
         try:
@@ -1267,14 +1268,15 @@ class GenericModel:
 
 
 def own_stage(model: Any, name: str) -> Callable | None:
-    """Return a stage that a model or its class has of its own, or None if that is GenericModel's."""
+    """Return a stage if a model or its class has one of its own, or None."""
     stage = getattr(model, name, None)
     return None if getattr(stage, "__func__", None) is vars(GenericModel)[name] else stage
 
 
 def first_stage(model: Any) -> Callable | None:
     """Return the stage that takes the parameters, or None where `infer_batch` takes them as one."""
-    return own_stage(model, "predict") or own_stage(model, "pre_process") or own_stage(model, "infer")
+    stages = (own_stage(model, name) for name in ("predict", "pre_process", "infer"))
+    return next(filter(None, stages), None)
 
 
 def pass_on(value: Any, stage: Callable) -> Any:
@@ -1606,14 +1608,14 @@ def end_request(error: BaseException | None = None) -> None:
 
 
 def admit(config: MestConfig, authorization: str, key: str) -> None:
-    """Raise a Problem, 401, unless a request has one of the API keys, where there are any.
+    """Raise a Problem, 401, unless a request has one of the API keys.
 
     It is sent as a bearer token (RFC 6750, section 2.1) in Authorization, or in X-API-Key.
     """
     scheme, _, token = authorization.partition(" ")
     sent = [key.strip(), token.strip() if scheme.lower() == "bearer" else ""]
     pairs = itertools.product(config.api_keys, [text.encode("latin-1", "replace") for text in sent])
-    if config.api_keys and not any([hmac.compare_digest(*pair) for pair in pairs]):
+    if not any([hmac.compare_digest(*pair) for pair in pairs]):
         cure = "send one, as Authorization: Bearer KEY or as X-API-Key: KEY"
         what = "The API key is wrong" if any(sent) else "An API key is needed"
         error = ' error="invalid_token"' if any(sent) else ""
@@ -1635,9 +1637,9 @@ def as_view(handler: Callable) -> Callable:
     def view(**variables: Any) -> Any:
         begin_request()
         try:
-            if needs_key:
+            if needs_key and (config := service().config).api_keys:
                 sent = request.headers
-                admit(service().config, sent.get("Authorization", ""), sent.get("X-API-Key", ""))
+                admit(config, sent.get("Authorization", ""), sent.get("X-API-Key", ""))
             return finish_request(to_response(call(**variables)))
         except (Exception, SystemExit) as error:  # sys.exit would take the whole process along
             if current_app.debug and not isinstance(error, HTTPException):
@@ -1759,7 +1761,8 @@ class Router:
             raise MestError(f"{owner} has the model {model!r}; {cure}")
         stages = "predict", "infer", "infer_batch"
         if isinstance(model, GenericModel) and not any(own_stage(model, name) for name in stages):
-            raise MestError(f"{owner}: {type(model).__name__} has neither infer() nor infer_batch()")
+            name = type(model).__name__
+            raise MestError(f"{owner}: {name} has neither infer() nor infer_batch()")
         if schema is None:
             if not (first := first_stage(model)):
                 raise MestError(f"{owner} has no schema, and infer_batch() tells nothing about it")
@@ -1834,9 +1837,19 @@ def check_route(url: str, handler: Any, variables: set[str]) -> None:
             raise MestError(f"the route {url}: {error}") from None
 
 
+#: A variable in an url of Flask's, such as <int:user>.
+VARIABLE = re.compile(r"<(?:[^<>]*:)?(\w+)>")
+
+
 def _shape(url: str) -> str:
     """Return an url without the names of its variables, which do not tell it from another."""
     return re.sub(r"<(?:string:)?(?:([^<>]*):)?\w+>", r"<\1>", url)
+
+
+def views_of(app: flask.Flask) -> Iterator[tuple[Rule, Any]]:
+    """Yield the rules of an application, with their views."""
+    for rule in app.url_map.iter_rules():
+        yield rule, app.view_functions.get(rule.endpoint)
 
 
 def handler_of(app: flask.Flask, rule: Rule) -> Any:
@@ -2036,8 +2049,9 @@ class Threads:
 class Direct:
     """A route that the edge answers itself: what there is to know of it."""
 
-    def __init__(self, rule: Rule, handler: Any):
+    def __init__(self, rule: Rule, handler: Any, keys: bool):
         self.rule, self.route, self.handler = rule, rule.rule, handler
+        self.needs_key = keys and handler.needs_key
         self.is_probe = isinstance(handler, Probe)
         stages = "predict", "pre_process", "post_process"
         #: the stages that the model or its class has of its own; all, if it is no GenericModel
@@ -2067,7 +2081,8 @@ class Edge:
         app = self.service.app
         app._got_first_request = True  # so that Flask refuses later ones, as it does when it serves
         rules = [rule for rule in app.url_map.iter_rules() if not why_through_flask(app, rule)]
-        self.direct = [Direct(rule, handler_of(app, rule)) for rule in rules]
+        keys = bool(self.config.api_keys)
+        self.direct = [Direct(rule, handler_of(app, rule), keys) for rule in rules]
         self.fixed = {
             (method, direct.route): direct
             for direct in self.direct if not direct.rule.arguments
@@ -2201,9 +2216,9 @@ class Edge:
         self, direct: Direct, scope: dict, headers: dict, body: bytes, variables: dict
     ) -> tuple[bytes, str] | None:
         """Return what a direct route answers and its type, or None if only Flask can tell."""
-        if direct.handler.needs_key:
-            texts = (headers.get(k, b"").decode("latin-1") for k in (b"authorization", b"x-api-key"))
-            admit(self.config, *texts)
+        if direct.needs_key:
+            sent = (headers.get(name, b"") for name in (b"authorization", b"x-api-key"))
+            admit(self.config, *(value.decode("latin-1") for value in sent))
         if direct.is_probe:
             return direct.handler.answer()
         kind = headers.get(b"content-type", b"").decode("latin-1")
@@ -2358,7 +2373,6 @@ LIMITS = {
 }
 #: Parts of Python's regular expressions that other languages lack.
 PYTHONIC = re.compile(r"\(\?[^:=!]|\\[AZ]")
-VARIABLE = re.compile(r"<(?:[^<>]*:)?(\w+)>")
 
 
 def json_schema(rules: Any, *inherited: bool) -> dict[str, Any]:
@@ -2426,7 +2440,10 @@ def fields_schema(fields: Any, unknown: Any = False, required: Any = False) -> d
     return {
         "type": "object",
         "properties": {f: json_schema(rules, unknown, required) for f, rules in known.items()},
-        "required": [f for f in known if known[f].get("required", required) and not filled & known[f].keys()],
+        "required": [
+            field for field, rules in known.items()
+            if rules.get("required", required) and not filled & rules.keys()
+        ],
         "additionalProperties": unknown if isinstance(unknown, bool) else json_schema(unknown),
     }
 
@@ -2460,25 +2477,9 @@ def openapi(mest_app: Any, place: str) -> dict[str, Any]:
     It is OpenAPI 3.1, https://spec.openapis.org/oas/v3.1.1, of all routes that routers have
     declared or `validate_params` checks. Urls in it are relative to its own.
     """
-    config, paths, seen = mest_app.config, {}, set()
-    for rule in mest_app.app.url_map.iter_rules():
-        view = mest_app.app.view_functions.get(rule.endpoint)
-        if rule.endpoint.startswith("mest_docs") or not (
-            hasattr(view, "needs_key") or hasattr(view, "parameters")
-        ):
-            continue
-        path = VARIABLE.sub(r"{\1}", rule.rule)
-        for method in sorted(rule.methods & {"GET", "PUT", "POST", "DELETE", "PATCH", "TRACE"}):
-            name = re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_")
-            while name in seen:
-                name += "_"
-            seen.add(name)
-            described = {"operationId": name, **operation(rule, view, method)}
-            if config.api_keys and not getattr(view, "needs_key", False):
-                described["security"] = []
-            elif config.api_keys:
-                described["responses"]["401"] = {"$ref": "#/components/responses/401"}
-            paths.setdefault(path, {}).setdefault(method.lower(), described)
+    config, paths = mest_app.config, {}
+    for path, method, described in operations(mest_app):
+        paths.setdefault(path, {}).setdefault(method.lower(), described)
     problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
     responses = {
         str(status): {"description": text, "content": {"application/problem+json": problem}}
@@ -2500,43 +2501,70 @@ def openapi(mest_app: Any, place: str) -> dict[str, Any]:
     return document
 
 
-def operation(rule: Rule, view: Callable, method: str) -> dict[str, Any]:
-    """Return OpenAPI's description of a route and a method."""
-    parameters, handler = getattr(view, "parameters", None), getattr(view, "__wrapped__", None)
+def operations(mest_app: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield path, method and description of what can be asked, but for the documentation itself."""
+    ids = set()
+    for rule, view in views_of(mest_app.app):
+        known = hasattr(view, "needs_key") or hasattr(view, "parameters")
+        if not known or rule.endpoint.startswith("mest_docs"):
+            continue
+        path = VARIABLE.sub(r"{\1}", rule.rule)
+        summary, _, description = (inspect.getdoc(view) or "").partition("\n")
+        for method in sorted(rule.methods & {"GET", "PUT", "POST", "DELETE", "PATCH", "TRACE"}):
+            name = re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_")
+            while name in ids:
+                name += "_"
+            ids.add(name)
+            described = {
+                "operationId": name, "tags": [rule.endpoint.rpartition(".")[0] or "application"],
+                "summary": summary, "description": description.strip(),
+                **request_of(rule, method, getattr(view, "parameters", None)),
+                "responses": responses_of(rule, view, bool(mest_app.config.api_keys)),
+            }
+            if mest_app.config.api_keys and not getattr(view, "needs_key", False):
+                described["security"] = []
+            yield path, method, described
+
+
+def request_of(rule: Rule, method: str, parameters: Parameters | None) -> dict[str, Any]:
+    """Return what a route takes: parameters of the path, and of the query or the body."""
     fields = dict(parameters.schema) if parameters else {}
     example = dict(parameters.example or {}) if parameters else {}
-    summary, _, rest = (inspect.getdoc(view) or "").partition("\n")
-    described: dict[str, Any] = {"summary": summary, "description": rest.strip(), "parameters": []}
-    described = {name: value for name, value in described.items() if value or name == "parameters"}
-    described["tags"] = [rule.endpoint.rpartition(".")[0] or "application"]
+    listed: list[dict[str, Any]] = []
 
     def add(place: str, name: str, required: bool, schema: dict) -> None:
-        parameter = {"name": name, "in": place, "required": required, "schema": schema}
-        parameter |= {"example": example.pop(name)} if name in example else {}
-        described["parameters"].append(parameter)
+        shown = {"example": example.pop(name)} if name in example else {}
+        listed.append({"name": name, "in": place, "required": required, "schema": schema, **shown})
 
     for name in VARIABLE.findall(rule.rule):
         own = json_schema(fields.pop(name)) if name in fields else {}
         add("path", name, True, {**variable_schema(rule, name), **own})
-    schema, wants_body = fields_schema(fields), method in BODY_METHODS
-    if not wants_body:
+    schema = fields_schema(fields)
+    if method not in BODY_METHODS:
         for name, field in schema["properties"].items():
             add("query", name, name in schema["required"], field)
-    elif fields:
-        files = any("binary" in types_of(rules) for rules in map(resolved, fields.values()))
-        content = {"schema": schema} | ({"example": example} if example else {})
-        content = {"multipart/form-data" if files else "application/json": content}
-        described["requestBody"] = {"required": bool(schema["required"]), "content": content}
-    is_probe = not getattr(view, "needs_key", True) or isinstance(handler, Probe)
+    if method not in BODY_METHODS or not fields:
+        return {"parameters": listed}
+    has_files = any("binary" in types_of(rules) for rules in fields.values())
+    media_type = "multipart/form-data" if has_files else "application/json"
+    content = {media_type: {"schema": schema, **({"example": example} if example else {})}}
+    body = {"required": bool(schema["required"]), "content": content}
+    return {"parameters": listed, "requestBody": body}
+
+
+def responses_of(rule: Rule, view: Callable, has_keys: bool) -> dict[str, Any]:
+    """Return what a route answers."""
+    handler, needs_key = getattr(view, "__wrapped__", None), getattr(view, "needs_key", False)
+    is_probe = isinstance(handler, Probe) or hasattr(view, "needs_key") and not needs_key
     statuses = {503} if is_probe else {408, 413, 500, 503, 504}
-    statuses |= {400, 415, 422} if parameters else set()
+    statuses |= {400, 415, 422} if hasattr(view, "parameters") else set()
     statuses |= {404} if rule.arguments else set()
+    statuses |= {401} if has_keys and needs_key else set()
     responses = {str(s): {"$ref": f"#/components/responses/{s}"} for s in sorted(statuses)}
     kind = getattr(handler, "media_type", "application/json")
     if not is_probe and not isinstance(handler, Prediction):  # who knows what it answers
         responses["default"], kind = {"description": "Another answer."}, "*/*"
-    success = {"description": "The answer.", "content": {kind: {}}}
-    return {**described, "responses": {"200": success, **responses}}
+    return {"200": {"description": "The answer.", "content": {kind: {}}}, **responses}
 
 
 def variable_schema(rule: Rule, name: str) -> dict[str, Any]:
@@ -2564,13 +2592,12 @@ def openapi_json() -> flask.Response:
 
 def docs() -> flask.Response:
     """A page to read about the service and to try it."""
-    digest = lambda part: base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
-    sources = {tag: digest(re.search(f"<{tag}>(.*?)</{tag}>", PAGE, re.S)[1]) for tag in ("script", "style")}
-    policy = "; ".join([
-        "default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'",
-        "form-action 'none'", "frame-ancestors 'none'",
-        *(f"{tag}-src 'sha256-{value}'" for tag, value in sources.items()),
-    ])
+    policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+    policy += "form-action 'none'; frame-ancestors 'none'"
+    for tag in ("script", "style"):
+        inline = re.search(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)[1].encode()
+        digest = base64.b64encode(hashlib.sha256(inline).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
     headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
     return flask.Response(PAGE, headers=headers, content_type="text/html; charset=utf-8")
 
@@ -2630,7 +2657,8 @@ class Mest:
         self.probes, self.docs = Router("mest"), Router("mest_docs")
         self.probes._add_own("livez", "GET", Probe(self.livez))
         self.probes._add_own("readyz", "GET", Probe(self.readyz))
-        self.probes._add_own("metrics", "GET", Probe(self.metrics_text, config.protect_metrics, "text/plain"))
+        metrics = Probe(self.metrics_text, config.protect_metrics, "text/plain")
+        self.probes._add_own("metrics", "GET", metrics)
         if config.docs:
             self.docs._add_own("docs", "GET", docs)
             self.docs._add_own("openapi.json", "GET", openapi_json)
@@ -3381,15 +3409,9 @@ def run_shell(args: argparse.Namespace) -> int:
     mest_app, module = load_app(args)
     mest_app.load_models()
     names = {"mest_app": mest_app, "app": mest_app.app, "client": mest_app.app.test_client()}
-    models = {id(model): name for model, name in mest_app._labelled()}
+    models = set(map(id, mest_app.models))
     names |= {name: value for name, value in vars(module).items() if id(value) in models}
-    lines = [f"{mest_app.config.service_name} {mest_app.config.service_version}".strip()]
-    lines += ["  mest_app, app, client: the service, its Flask application, a client to test it"]
-    lines += [f"  {name}: model {models[id(names[name])]}, loaded" for name in [*names][3:]]
-    for method, url, sent in examples(mest_app):
-        rest = "".join(f", {name}={value!r}" for name, value in sent.items())
-        lines.append(f"  client.{method.lower()}({url!r}{rest})")
-    banner = "\n".join(lines)
+    banner = summary(mest_app, names)
     with mest_app.app.app_context(), contextlib.suppress(ImportError):
         if sys.stdin and sys.stdin.isatty():
             from IPython import start_ipython
@@ -3404,16 +3426,29 @@ def run_shell(args: argparse.Namespace) -> int:
     return 0
 
 
+def summary(mest_app: Mest, names: Mapping[str, Any]) -> str:
+    """Return what there is to try in a service at a prompt where things have names."""
+    lines = [f"{mest_app.config.service_name} {mest_app.config.service_version}".strip()]
+    lines += ["  mest_app, app, client: the service, its Flask application, a client to test it"]
+    for index, (model, label) in enumerate(mest_app._labelled()):
+        named = (name for name, value in names.items() if value is model)
+        lines.append(f"  {next(named, f'mest_app.models[{index}]')}: model {label}, loaded")
+    for method, url, sent in examples(mest_app):
+        rest = "".join(f", {name}={value!r}" for name, value in sent.items())
+        lines.append(f"  client.{method.lower()}({url!r}{rest})")
+    return "\n".join(lines)
+
+
 def run_test(args: argparse.Namespace) -> int:
     """send each example to the application, if there is one, and run pytest with its arguments"""
-    Mest._run_by_command, failed = True, 0
-    if hasattr(args, "app") or "MEST_APP" in os.environ or os.path.isfile("app.py"):
-        failed = in_child(lambda: send_examples(load_app(args)[0]))
+    Mest._run_by_command = True
+    has_app = hasattr(args, "app") or "MEST_APP" in os.environ or os.path.isfile("app.py")
+    failed = in_child(lambda: send_examples(load_app(args)[0])) if has_app else 0
     pytest = need("pytest")
     sys.path.insert(0, os.getcwd())
     code = int(pytest.main(args.arguments))
-    has_no_tests = code == 5 and not args.arguments
-    return failed if has_no_tests and os.path.isfile("app.py") else code or failed
+    has_no_tests = code == pytest.ExitCode.NO_TESTS_COLLECTED and not args.arguments
+    return failed if has_app and has_no_tests else code or failed
 
 
 def in_child(function: Callable[[], int]) -> int:
@@ -3428,9 +3463,11 @@ def in_child(function: Callable[[], int]) -> int:
         code = function()
     except MestError as error:
         print(report(error), file=sys.stderr)
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def send_examples(mest_app: Mest) -> int:
@@ -3451,9 +3488,9 @@ def send_examples(mest_app: Mest) -> int:
 
 
 def examples(mest_app: Mest) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield method and url of a request with each example, and how Flask's client takes the rest."""
-    for rule in mest_app.app.url_map.iter_rules():
-        parameters = getattr(mest_app.app.view_functions.get(rule.endpoint), "parameters", None)
+    """Yield method and url of a request with each example, and the rest for Flask's client."""
+    for rule, view in views_of(mest_app.app):
+        parameters = getattr(view, "parameters", None)
         example = parameters.example if parameters else None
         if example is None or rule.arguments - example.keys() - {*(rule.defaults or ())}:
             continue  # there is none, or it says nothing about the path
@@ -3585,7 +3622,7 @@ pre { overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto; border-radiu
 <p id="key" hidden><label>API key <input type="password" autocomplete="off"></label></p>
 </header>
 <main id="routes"></main>
-<noscript>This page needs JavaScript; <a href="openapi.json">openapi.json</a> says the same.</noscript>
+<noscript>This page needs JavaScript; <a href="openapi.json">openapi.json</a> does not.</noscript>
 <script>
 "use strict";
 const byId = id => document.getElementById(id);
@@ -3595,28 +3632,27 @@ const make = (tag, properties = {}, ...children) => {
   return node;
 };
 const list = value => value === undefined ? [] : [].concat(value);
+const show = value => JSON.stringify(value);
 const isFile = schema => schema.format === "binary";
 
 // What a schema allows, in words.
 function kind(schema) {
-  const choices = schema.anyOf || schema.oneOf;
-  let text = choices && !schema.type ? choices.map(kind).join(" or ") : list(schema.type).join(" or ");
+  const choices = schema.anyOf || schema.oneOf, items = schema.prefixItems;
+  let text = (choices && !schema.type ? choices.map(kind) : list(schema.type)).join(" or ");
   if (isFile(schema)) text = text.replace("string", "file");
   else if (schema.format) text += ` (${schema.format})`;
-  if (schema.prefixItems) text += ` of ${schema.prefixItems.length}: ${[...new Set(schema.prefixItems.map(kind))].join("; ")}`;
+  if (items) text += ` of ${items.length}: ${[...new Set(items.map(kind))].join("; ")}`;
   else if (schema.items && Object.keys(schema.items).length) text += ` of ${kind(schema.items)}`;
-  if (schema.properties) {
-    const fields = Object.entries(schema.properties).map(([name, field]) => `${name}: ${kind(field)}`);
-    text += ` {${fields.join("; ")}}`;
-  }
+  const fields = Object.entries(schema.properties || {}).map(([name, of]) => `${name}: ${kind(of)}`);
+  if (fields.length) text += ` {${fields.join("; ")}}`;
   const words = {
     minimum: "at least", maximum: "at most", minLength: "length from", maxLength: "length to",
     minItems: "items from", maxItems: "items to", pattern: "matches",
   };
-  const limits = Object.entries(words).filter(([name]) => name in schema && !schema.prefixItems)
+  const limits = Object.entries(words).filter(([name]) => name in schema && !items)
     .map(([name, word]) => `${word} ${schema[name]}`);
-  if (schema.enum) limits.push(`one of ${schema.enum.map(value => JSON.stringify(value)).join(", ")}`);
-  if ("default" in schema) limits.push(`default ${JSON.stringify(schema.default)}`);
+  if (schema.enum) limits.push(`one of ${schema.enum.map(show).join(", ")}`);
+  if ("default" in schema) limits.push(`default ${show(schema.default)}`);
   return [text, ...limits].filter(Boolean).join(", ");
 }
 
@@ -3630,7 +3666,8 @@ function sample(schema) {
   if (type === "object") {
     const all = Object.entries(schema.properties || {});
     const needed = all.filter(([name]) => (schema.required || []).includes(name));
-    return Object.fromEntries((needed.length ? needed : all).map(([name, field]) => [name, sample(field)]));
+    const shown = needed.length ? needed : all;
+    return Object.fromEntries(shown.map(([name, field]) => [name, sample(field)]));
   }
   if (type === "array") {
     if (schema.prefixItems) return schema.prefixItems.map(sample);
@@ -3639,13 +3676,14 @@ function sample(schema) {
   if (type === "integer") return Math.ceil(schema.minimum ?? Math.min(1, schema.maximum ?? 1));
   if (type === "number") return schema.minimum ?? Math.min(1, schema.maximum ?? 1);
   if (type === "boolean") return true;
-  return type === "null" ? null : "text".padEnd(schema.minLength || 0, "x").slice(0, schema.maxLength ?? 4096);
+  if (type === "null") return null;
+  return "text".padEnd(schema.minLength || 0, "x").slice(0, schema.maxLength ?? 4096);
 }
 
 // Cerberus's errors in one line: a list of messages, or of what is wrong within.
 function words(errors) {
-  return list(errors).map(error => typeof error === "string" ? error
-    : Object.entries(error).map(([name, within]) => `${name}: ${words(within)}`).join("; ")).join("; ");
+  const within = error => Object.entries(error).map(([name, its]) => `${name}: ${words(its)}`);
+  return list(errors).flatMap(error => error.trim ? error : within(error)).join("; ");
 }
 
 const quote = text => `'${text.replaceAll("'", "'\\''")}'`;
@@ -3655,10 +3693,10 @@ function route(path, method, operation, server, key) {
   const fields = [], content = (operation.requestBody || {}).content || {};
   const [type, body] = Object.entries(content)[0] || [];
   const isForm = type === "multipart/form-data", schema = (body || {}).schema || {};
-  const rows = operation.parameters.map(parameter => ({ ...parameter }));
+  const given = isForm && body.example || {}, rows = [...operation.parameters];
   for (const [name, field] of Object.entries(schema.properties || {})) {
-    const place = isForm ? "form" : "body", value = isForm ? (body.example || {})[name] : undefined;
-    rows.push({ name, in: place, schema: field, required: schema.required.includes(name), example: value });
+    const required = schema.required.includes(name), example = given[name];
+    rows.push({ name, in: isForm ? "form" : "body", schema: field, required, example });
   }
   const id = name => `${operation.operationId}-${name}`;
   const table = make("tbody");
@@ -3667,12 +3705,14 @@ function route(path, method, operation, server, key) {
     const cell = make("td");
     if (row.in !== "body") {
       const value = row.example ?? row.schema.default ?? (row.required ? sample(row.schema) : "");
-      row.input = make("input", isFile(row.schema) ? { type: "file" } : { value: list(value).join(",") });
+      const shown = isFile(row.schema) ? { type: "file" } : { value: list(value).join(",") };
+      row.input = make("input", shown);
       row.input.setAttribute("aria-label", row.name);
       row.input.setAttribute("aria-describedby", error.id);
       cell.append(row.input);
     }
-    const name = make("th", { scope: "row" }, make("code", { textContent: row.name }), row.required ? " *" : "");
+    const name = make("th", { scope: "row" }, make("code", { textContent: row.name }));
+    name.append(row.required ? " *" : "");
     const about = [kind(row.schema), row.schema.description].filter(Boolean).join(": ");
     cell.append(error);
     table.append(make("tr", {}, name, make("td", { textContent: about }), cell));
@@ -3696,7 +3736,9 @@ function route(path, method, operation, server, key) {
         : list(schema.type).includes("array") ? input.value.split(",") : [input.value];
       if (place === "path") url = url.replace(`{${name}}`, encodeURIComponent(input.value));
       else if (isFile(schema) || input.value !== "") {
-        for (const value of values) place === "query" ? query.append(name, value) : form.push([name, value]);
+        for (const value of values) {
+          place === "query" ? query.append(name, value) : form.push([name, value]);
+        }
       }
     }
     if (text) [data, headers["Content-Type"]] = [text.value, "application/json"];
@@ -3704,15 +3746,17 @@ function route(path, method, operation, server, key) {
     url.search = query;
     return { url, headers, data, form };
   }
-  function show() {
+  function showCurl() {
     const { url, headers, data, form } = request(), parts = ["curl"];
-    if (method !== "GET" && !(method === "POST" && (data !== null || form.length))) parts.push("-X", method);
+    const implied = data !== null || form.length ? "POST" : "GET";
+    if (method !== implied) parts.push("-X", method);
     parts.push(quote(url.href));
     if (key) parts.push('-H "Authorization: Bearer $MEST_API_KEY"');
-    for (const [name, value] of Object.entries(headers)) parts.push("-H", quote(`${name}: ${value}`));
+    for (const name in headers) parts.push("-H", quote(`${name}: ${headers[name]}`));
     if (data !== null) parts.push("-d", quote(data));
     for (const [name, value] of form) {
-      parts.push(value.name ? "-F" : "--form-string", quote(value.name ? `${name}=@${value.name}` : `${name}=${value}`));
+      if (value.name) parts.push("-F", quote(`${name}=@${value.name}`));
+      else parts.push("--form-string", quote(`${name}=${value}`));
     }
     curl.textContent = parts.join(" ");
   }
@@ -3730,7 +3774,8 @@ function route(path, method, operation, server, key) {
       const response = await fetch(url, { method, headers, body: sent });
       const blob = await response.blob(), took = performance.now() - began;
       const plain = /json|text|xml/.test(blob.type) || !blob.size;
-      answer.textContent = plain ? (await blob.text()).slice(0, 1e5) : `${blob.size} bytes of ${blob.type}`;
+      const shown = plain ? await blob.text() : `${blob.size} bytes of ${blob.type}`;
+      answer.textContent = shown.slice(0, 1e5);
       outcome.textContent = `${response.status} ${response.statusText} in ${took.toFixed(1)} ms`;
       answer.hidden = false;
       if (!response.ok) explain(answer.textContent);
@@ -3754,8 +3799,9 @@ function route(path, method, operation, server, key) {
     if (navigator.clipboard) await navigator.clipboard.writeText(curl.textContent);
   }
 
-  const form = make("form", { onsubmit: send, oninput: show });
-  if (operation.description) form.append(make("p", { className: "about", textContent: operation.description }));
+  const form = make("form", { onsubmit: send, oninput: showCurl });
+  const about = make("p", { className: "about", textContent: operation.description });
+  if (operation.description) form.append(about);
   if (rows.length) form.append(make("div", { className: "scroll" }, make("table", {}, table)));
   if (text) {
     text.setAttribute("aria-label", "body");
@@ -3768,9 +3814,9 @@ function route(path, method, operation, server, key) {
   form.append(others, make("button", { textContent: "Send" }));
   form.append(make("button", { type: "button", textContent: "Copy curl", onclick: copy }));
   form.append(outcome, answer, curl);
-  show();
-  const title = make("summary", {}, make("b", { textContent: method }), make("code", { textContent: path }));
-  title.append(` ${operation.summary || ""}`);
+  showCurl();
+  const title = make("summary", {}, make("b", { textContent: method }));
+  title.append(make("code", { textContent: path }), ` ${operation.summary}`);
   return make("details", { id: operation.operationId }, title, make("div", {}, form));
 }
 
@@ -3796,11 +3842,12 @@ async function start() {
   const first = byId("routes").querySelector("details:has(tr)");
   const chosen = location.hash ? byId(location.hash.slice(1)) : first;
   if (chosen) chosen.open = true;
-  const ready = await fetch("readyz"), problem = ready.ok || ready.status === 404 ? "" : await ready.json();
-  const models = info["x-models"].length ? `models: ${info["x-models"].join(", ")}` : "";
-  const state = ready.status === 404 ? "" : problem ? `not ready: ${problem.detail}` : "ready";
-  const version = info.version === "0" ? "" : `version ${info.version}`;
-  byId("state").textContent = [state, version, models, `Mest ${info["x-mest"]}`].filter(Boolean).join(" · ");
+  const ready = await fetch("readyz"), known = info["x-models"].join(", ");
+  const problem = ready.status === 503 && (await ready.json()).detail;
+  const state = ready.ok ? "ready" : problem && `not ready: ${problem}`;
+  const version = info.version !== "0" && `version ${info.version}`;
+  const parts = [state, version, known && `models: ${known}`, `Mest ${info["x-mest"]}`];
+  byId("state").textContent = parts.filter(Boolean).join(" · ");
 }
 start().catch(error => byId("state").textContent = `This page cannot be shown: ${error.message}`);
 </script>
