@@ -3643,7 +3643,8 @@ function kind(schema) {
   else if (schema.format) text += ` (${schema.format})`;
   if (items) text += ` of ${items.length}: ${[...new Set(items.map(kind))].join("; ")}`;
   else if (schema.items && Object.keys(schema.items).length) text += ` of ${kind(schema.items)}`;
-  const fields = Object.entries(schema.properties || {}).map(([name, of]) => `${name}: ${kind(of)}`);
+  const within = Object.entries(schema.properties || {});
+  const fields = within.map(([name, its]) => `${name}: ${kind(its)}`);
   if (fields.length) text += ` {${fields.join("; ")}}`;
   const words = {
     minimum: "at least", maximum: "at most", minLength: "length from", maxLength: "length to",
