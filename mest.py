@@ -42,6 +42,7 @@ import hashlib
 import hmac
 import importlib
 import inspect
+import ipaddress
 import itertools
 import json
 import logging
@@ -80,6 +81,7 @@ from flask import current_app, request
 from flask.blueprints import BlueprintSetupState
 from flask.json.provider import DefaultJSONProvider
 from flask.sessions import SecureCookieSessionInterface
+from flask.testing import FlaskClient
 from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import AnyConverter, Map, Rule, UUIDConverter
@@ -116,6 +118,9 @@ class Problem(MestError, HTTPException):
         self, status: int, detail: str, errors: dict | None = None, headers: dict | None = None,
         **members: Any,
     ):
+        if type(status) is not int or not 400 <= status < 600 or not isinstance(detail, str):
+            given, needed = f"{status!r} and {detail!r}", "an integer from 400 to 599, and text"
+            raise TypeError(f"Problem(status, detail) got {given}; needs {needed}")
         HTTPException.__init__(self, detail)
         self.code, self.headers = status, headers or {}
         self.errors, self.members = errors, members
@@ -265,19 +270,16 @@ class MestConfig:
     ):
         if not isinstance(service_name, str) or not re.fullmatch(r".*\S.*", service_name):
             raise MestError(f"service_name is {service_name!r}; it must be a line of text")
-        if unknown := fields.keys() - self.FIELDS:
-            raise MestError(f"MestConfig has no {unknown.pop()!r}, only {', '.join(self.FIELDS)}")
+        for name in fields.keys() - self.FIELDS:
+            close = get_close_matches(name, self.FIELDS, 1, 0.5)
+            meant = f"did you mean {close[0]}?" if close else f"only {', '.join(self.FIELDS)}"
+            raise MestError(f"MestConfig has no {name!r}; {meant}")
         if not isinstance(models_instances, (list, tuple)):
             raise MestError(f"models_instances is {models_instances!r}; it must be a list")
         for model in models_instances:
             if isinstance(model, type) or not callable(getattr(model, "init", None)):
                 needed = "an instance of GenericModel, or another object with init(directory_path)"
                 raise MestError(f"models_instances has {model!r}; it must be {needed}")
-            for name in ("max_batch_size", "max_concurrency"):
-                if type(count := getattr(model, name, 1)) is not int or count < 1:
-                    raise MestError(f"{name} of {model!r} is {count!r}; it must be 1 or more")
-            if not isinstance(seconds := getattr(model, "batch_timeout", 0), (int, float)):
-                raise MestError(f"batch_timeout of {model!r} is {seconds!r}; it must be seconds")
         self.service_name, self.models_instances = service_name, models_instances
         fields["listen_port"] = listen_port
         fields["local_model_directory_path"] = local_model_directory_path
@@ -290,6 +292,8 @@ class MestConfig:
             self.workers = available_cpus()
         #: one of them a request must have, if there are any
         self.api_keys = read_keys(environ, "MEST_API_KEY") or read_keys(fields, "api_key")
+        if self.protect_metrics and not self.api_keys:
+            raise MestError("protect_metrics is true, but there is no api_key that protects them")
         self.api_key = ""  # so that nothing that shows a configuration shows keys
         #: what may be wrong
         self.doubts = list(self._doubts(environ))
@@ -346,9 +350,10 @@ def read_keys(given: Mapping[str, Any], name: str) -> list[bytes]:
         try:
             own = source == name
             text = str(given[source]) if own else Path(given[source]).read_text("latin-1")
-        except OSError as error:
-            raise MestError(f"{source} cannot be read: {error}") from None
-        keys = [key.strip() for key in text.split(",")]
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is no path"
+            raise MestError(f"{source} names a file that cannot be read: {reason}") from None
+        keys = [key.strip(" \t\r\n") for key in text.split(",")]
         if not all(re.fullmatch("[!-~]+", key) for key in keys):
             needed = "keys of visible ASCII characters, with commas between them"
             raise MestError(f"{source} has an empty or unusable key; it must have {needed}")
@@ -590,6 +595,11 @@ def convert_text(text: Any, rules: Any) -> Any:
 def resolved(rules: Any) -> Mapping:
     """Return a set of rules, which a schema may give by its name in Cerberus's registry, or not."""
     return (cerberus.rules_set_registry.get(rules) if isinstance(rules, str) else rules) or {}
+
+
+def as_list(value: Any) -> list:
+    """Return what may be given as one or as several as a list."""
+    return [*value] if isinstance(value, (list, tuple, set, frozenset, dict)) else [value]
 
 
 def types_of(rules: Any) -> Sequence[str]:
@@ -879,6 +889,7 @@ class Parameters:
         rule_sets = schema.values() if isinstance(schema, dict) else [None]
         if not all(isinstance(rules, (dict, str)) for rules in rule_sets):
             form = "{'field': {'type': 'float', 'required': True}}"
+            form += "; is it the url? write url=…" if isinstance(schema, str) else ""
             raise MestError(f"{owner}: the schema is {schema!r}; it must be like {form}")
         try:
             self.schema = Validator(_copied(schema)).schema
@@ -951,14 +962,20 @@ PYTHON_TYPES = {
 }
 
 
+ANNOTATIONS = "bool, int, float, str, bytes, list[…], dict[str, …], Literal[…] or … | None"
+
+
 def rules_of(annotation: Any) -> dict[str, Any]:
     """Return the rules that an annotation stands for, or raise a TypeError if it is for none."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in PYTHON_TYPES:
         return {"type": PYTHON_TYPES[annotation]}
     if origin is Literal:
-        kinds = {PYTHON_TYPES[type(value)] for value in arguments}
-        return {"type": sorted(kinds), "allowed": list(arguments)}
+        values = [value for value in arguments if value is not None]
+        if not values:
+            raise TypeError(annotation)
+        rules = {"type": sorted({PYTHON_TYPES[type(value)] for value in values}), "allowed": values}
+        return {**rules, "nullable": True} if len(values) < len(arguments) else rules
     if origin is list:
         return {"type": "list", "schema": rules_of(*arguments)}
     if origin is dict:
@@ -969,6 +986,14 @@ def rules_of(annotation: Any) -> dict[str, Any]:
     raise TypeError(f"the annotation {annotation} stands for no rules")
 
 
+def name_of(function: Callable) -> str:
+    """Return the name of a function for messages, with where it is, if that can be known."""
+    name = getattr(function, "__qualname__", None) or repr(function)
+    source = getattr(inspect.unwrap(function), "__code__", None)
+    where = f" in {os.path.basename(source.co_filename)}" if source else ""
+    return f"{name}(){where}, line {source.co_firstlineno}" if source else name
+
+
 def schema_of(function: Callable) -> dict[str, dict]:
     """Return the schema that a function's arguments and their annotations stand for.
 
@@ -976,25 +1001,39 @@ def schema_of(function: Callable) -> dict[str, dict]:
         MestError: an argument has no annotation, or none of these: bool, int, float, str, bytes,
             list[…], dict[str, …], Literal[…], and any of them or None.
     """
-    try:
-        arguments = inspect.signature(function, eval_str=True).parameters
-    except Exception as error:  # annotations may be any text
-        owner = function.__qualname__
-        raise MestError(f"the annotations of {owner}() are wrong: {error}") from None
-    schema = {}
-    for name, argument in arguments.items():
+    names, schema = getattr(inspect.unwrap(function), "__globals__", {}), {}
+    for name, argument in inspect.signature(function).parameters.items():
+        if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
+            continue
+        annotation = argument.annotation
         try:
-            schema[name] = rules_of(argument.annotation)
-        except (TypeError, ValueError, KeyError):
-            where = f"{name} of {function.__qualname__}()"
-            cure = f"annotate it, as in {name}: float, or give a schema"
-            raise MestError(f"no schema can be made for {where}; {cure}") from None
+            if isinstance(annotation, str):
+                annotation = eval(annotation, names)
+            schema[name] = rules_of(annotation)
+        except Exception:  # annotations may be anything
+            none = annotation is argument.empty
+            fault = "has no annotation" if none else f"has an unusable annotation, {annotation}"
+            cure = f"it may be {ANNOTATIONS}, or give a schema"
+            raise MestError(f"{name} of {name_of(function)} {fault}; {cure}") from None
         if argument.default is argument.empty:
             schema[name]["required"] = True
         else:
             schema[name]["default"] = argument.default
             schema[name] |= {"nullable": True} if argument.default is None else {}
     return schema
+
+
+def sure_fields(schema: Mapping, variables: set[str]) -> set[str]:
+    """Return the fields that a handler of checked parameters is given in any case."""
+    excluded = {other for own in schema.values() for other in as_list(own.get("excludes", []))}
+    sure = {
+        field for field, own in schema.items()
+        if field in variables or own.keys() & {"default", "default_setter"}
+        or own.get("required") and "excludes" not in own and field not in excluded
+    }
+    for field in [*sure]:  # they would be refused without those that they depend on
+        sure |= {*as_list(schema[field].get("dependencies", []))} & schema.keys()
+    return sure
 
 
 def check_fit(function: Callable, schema: Mapping, variables: set[str]) -> None:
@@ -1006,21 +1045,20 @@ def check_fit(function: Callable, schema: Mapping, variables: set[str]) -> None:
         arguments = inspect.signature(function, follow_wrapped=False).parameters.values()
     except (TypeError, ValueError):  # it is built in
         return
-    rules = {field: resolved(rules) for field, rules in schema.items()}
+    rules = {field: resolved(own) for field, own in schema.items()}
     if any("rename_handler" in own for own in rules.values()):
         return
-    names = {field: own.get("rename", field) for field, own in rules.items()}
-    sure = {
-        names[field] for field, own in rules.items()
-        if own.get("required") or own.keys() & {"default", "default_setter"} or field in variables
+    sure = {rules[field].get("rename", field) for field in sure_fields(rules, variables)}
+    names = {
+        own.get("rename", field) for field, own in rules.items()
+        if not own.get("readonly") or field in sure_fields(rules, variables)
     }
-    given = {*names.values()} | variables - names.keys()
+    given = names | variables - rules.keys()
     taken = {a.name for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)}
     needed = {a.name for a in arguments if a.name in taken and a.default is a.empty}
-    takes_any = any(argument.kind is argument.VAR_KEYWORD for argument in arguments)
-    owner, fault = getattr(function, "__qualname__", repr(function)), ""
+    takes_any, fault = any(a.kind is a.VAR_KEYWORD for a in arguments), ""
     for name in sorted(given - taken if not takes_any else ()):
-        place = "schema" if name in names.values() else "url"
+        place = "schema" if name in names else "url"
         fault = f"does not take {name!r}, which is in the {place}; add it to the arguments"
     for name in sorted(needed & given - sure - variables):
         fault = f"needs {name!r}, which requests may lack; make it required, or give it a default"
@@ -1028,7 +1066,7 @@ def check_fit(function: Callable, schema: Mapping, variables: set[str]) -> None:
         cure = "add it to one of them" if schema else "is @validate_params missing below the route?"
         fault = f"takes {name!r}, which is neither in the schema nor in the url; {cure}"
     if fault:
-        raise MestError(f"{owner}() {fault}")
+        raise MestError(f"{name_of(function)}, {fault}")
 
 
 def _meant(error: str) -> str:
@@ -1275,15 +1313,42 @@ def own_stage(model: Any, name: str) -> Callable | None:
 
 def first_stage(model: Any) -> Callable | None:
     """Return the stage that takes the parameters, or None where `infer_batch` takes them as one."""
-    stages = (own_stage(model, name) for name in ("predict", "pre_process", "infer"))
+    stages = [own_stage(model, name) for name in ("predict", "pre_process", "infer")]
+    if stages[:2] == [None, None] and own_stage(model, "infer_batch") and model.max_batch_size > 1:
+        return None
     return next(filter(None, stages), None)
+
+
+def check_model(model: GenericModel) -> None:
+    """Raise a MestError if a model cannot work."""
+    name = type(model).__name__
+    for option in ("max_batch_size", "max_concurrency"):
+        if type(count := getattr(model, option)) is not int or count < 1:
+            raise MestError(f"{option} of {name} is {count!r}; it must be an integer of 1 or more")
+    if not isinstance(seconds := model.batch_timeout, (int, float)) or seconds < 0:
+        raise MestError(f"batch_timeout of {name} is {seconds!r}; it must be seconds, 0 or more")
+    for stage in ("init", "predict", "pre_process", "infer", "infer_batch", "post_process"):
+        if not (own := own_stage(model, stage)):
+            continue
+        if inspect.iscoroutinefunction(own):
+            raise MestError(f"{name_of(own)}, is async; models run in threads: write def {stage}")
+        if inspect.ismethod(own) and isinstance(own.__self__, GenericModel):
+            first = next(iter(inspect.signature(own.__func__).parameters.values()), None)
+            if not first or first.annotation is not first.empty and first.name != "self":
+                raise MestError(f"{name_of(own)}, has no self; write def {stage}(self, …)")
 
 
 def pass_on(value: Any, stage: Callable) -> Any:
     """Return what a stage returns for the value of the one before it."""
-    if isinstance(value, dict):
-        return stage(**value)
-    return stage(*value) if isinstance(value, list) else stage(value)
+    try:
+        if isinstance(value, dict):
+            return stage(**value)
+        return stage(*value) if isinstance(value, list) else stage(value)
+    except TypeError as error:
+        if error.__traceback__.tb_next:  # the stage did begin
+            raise
+        passed = "the items of a list, and those of a dictionary by name, are passed to it as such"
+        raise TypeError(f"{error}; {passed}: return [[…]] to pass one list") from None
 
 
 def results_of(model: GenericModel, payloads: list) -> list:
@@ -1291,12 +1356,14 @@ def results_of(model: GenericModel, payloads: list) -> list:
     try:
         results = model.infer_batch(list(payloads))
         results = results.to_numpy() if hasattr(results, "to_numpy") else results
-        kind = type(results).__name__
-        results = [] if isinstance(results, (Mapping, str, bytes)) else list(results)
-        if len(results) == len(payloads):
-            return results
-        what = f"a {kind} with {len(results)} results for {len(payloads)} payloads"
-        raise MestError(f"infer_batch of {type(model).__name__} returned {what}")
+        what, count = f"a {type(results).__name__}", len(payloads)
+        if isinstance(results, Iterable) and not isinstance(results, (Mapping, str, bytes)):
+            results = list(results)
+            if len(results) == count:
+                return results
+            what += f" of {len(results)}"
+        needed = f"a list with a result for each of {count}"
+        raise MestError(f"infer_batch of {type(model).__name__} returned {what}, not {needed}")
     except BaseException as error:  # sys.exit is no reason to end anything but the request
         if len(payloads) == 1 or isinstance(error, MemoryError):
             return [error] * len(payloads)
@@ -1505,7 +1572,8 @@ def validate_params(schema: dict, example: dict | None = None) -> Callable[[Call
         raise MestError(f"{schema.__qualname__}(): write @validate_params({{…}}), with a schema")
 
     def decorate(handler: Callable) -> Callable:
-        parameters = Parameters(schema, example, f"validate_params of {handler.__qualname__}()")
+        name = getattr(handler, "__qualname__", repr(handler))
+        parameters = Parameters(schema, example, f"validate_params of {name}()")
         call = as_sync(handler)
 
         @functools.wraps(handler)
@@ -1562,13 +1630,18 @@ def read_body(http: flask.Request, limit: int) -> bytes:
         except Exception:  # each server has exceptions of its own
             raise Problem(400, "The body is malformed or ended early.") from None
     if max(length, len(body)) > limit:
-        rest = get_input_stream(http.environ)
-        with contextlib.suppress(Exception):  # most clients send all before they read the answer
-            any(not rest.read(2**16) for _ in range(2**10))
+        skip_body(http.environ)
         raise Problem(413, f"The body is longer than {limit} bytes.")
     if len(body) < length and "form" not in vars(http):
         raise Problem(400, f"The body ended after {len(body)} of {length} bytes.")
     return body
+
+
+def skip_body(environ: dict[str, Any]) -> None:
+    """Read the body of a request, within bounds: most clients send all before they read."""
+    rest = get_input_stream(environ)
+    with contextlib.suppress(Exception):
+        any(not rest.read(2**16) for _ in range(2**10))
 
 
 def to_response(result: Any) -> Any:
@@ -1613,13 +1686,23 @@ def admit(config: MestConfig, authorization: str, key: str) -> None:
     It is sent as a bearer token (RFC 6750, section 2.1) in Authorization, or in X-API-Key.
     """
     scheme, _, token = authorization.partition(" ")
-    sent = [key.strip(), token.strip() if scheme.lower() == "bearer" else ""]
+    sent = [key.strip(" \t"), token.strip(" \t") if scheme.lower() == "bearer" else ""]
     pairs = itertools.product(config.api_keys, [text.encode("latin-1", "replace") for text in sent])
     if not any([hmac.compare_digest(*pair) for pair in pairs]):
         cure = "send one, as Authorization: Bearer KEY or as X-API-Key: KEY"
         what = "The API key is wrong" if any(sent) else "An API key is needed"
         error = ' error="invalid_token"' if any(sent) else ""
         raise Problem(401, f"{what}; {cure}.", headers={"WWW-Authenticate": f"Bearer{error}"})
+
+
+def admit_request() -> None:
+    """Do the same for the Flask request."""
+    sent = request.headers
+    try:
+        admit(service().config, sent.get("Authorization", ""), sent.get("X-API-Key", ""))
+    except Problem:
+        skip_body(request.environ)
+        raise
 
 
 def as_sync(handler: Callable) -> Callable:
@@ -1631,15 +1714,14 @@ def as_sync(handler: Callable) -> Callable:
 
 def as_view(handler: Callable) -> Callable:
     """Return a Flask view that answers with what the handler returns or raises."""
-    call, needs_key = as_sync(handler), getattr(handler, "needs_key", True)
+    call, needs_key = as_sync(handler), getattr(handler, "needs_key", True) is not False
 
     @functools.wraps(handler)
     def view(**variables: Any) -> Any:
         begin_request()
         try:
-            if needs_key and (config := service().config).api_keys:
-                sent = request.headers
-                admit(config, sent.get("Authorization", ""), sent.get("X-API-Key", ""))
+            if needs_key and service().config.api_keys:
+                admit_request()
             return finish_request(to_response(call(**variables)))
         except (Exception, SystemExit) as error:  # sys.exit would take the whole process along
             if current_app.debug and not isinstance(error, HTTPException):
@@ -1649,7 +1731,7 @@ def as_view(handler: Callable) -> Callable:
         finally:
             end_request()
 
-    view.needs_key = needs_key
+    view.needs_key, view.itself = needs_key, view  # who wraps it copies these
     return view
 
 
@@ -1698,6 +1780,20 @@ class Probe:
         return flask.Response(content, content_type=content_type)
 
 
+def views_of(app: flask.Flask) -> Iterator[tuple[Rule, Any]]:
+    """Yield the rules by which an application can be asked, with their views."""
+    for rule in app.url_map.iter_rules():
+        view = app.view_functions.get(rule.endpoint)
+        if view and rule.methods and not rule.build_only:
+            yield rule, view
+
+
+def parameters_of(view: Any) -> Parameters | None:
+    """Return the parameters that a view or a handler checks, if any."""
+    parameters = getattr(view, "parameters", None)
+    return parameters if isinstance(parameters, Parameters) else None
+
+
 class Router:
     """Endpoints under one name, for `Mest.register_router`.
 
@@ -1724,13 +1820,16 @@ class Router:
         """
         if not isinstance(url, str):
             raise MestError(f"a route of router {self.name!r} has the url {url!r}; it must be text")
+        if "methods" in options and isinstance(options["methods"], (str, type(None))):
+            methods = options["methods"]
+            raise MestError(f"the route {url} has methods={methods!r}; it must be a list")
         if not isinstance(method, str):
             raise MestError(f"the route {url} has the method {method!r}; several are methods=[…]")
 
         def decorate(handler: Callable) -> Callable:
             name = options.get("endpoint") or getattr(handler, "__name__", type(handler).__name__)
             view = self._views.setdefault(name, as_view(handler))
-            if view.__wrapped__ is not handler:
+            if view.__wrapped__ != handler:
                 mistake = f"router {self.name!r} has two handlers named {name!r}"
                 raise MestError(f"{mistake}; rename one of them, or give it endpoint='…'")
             route = "/" + url.lstrip("/"), view, {"methods": [method], "endpoint": name, **options}
@@ -1759,10 +1858,12 @@ class Router:
         if isinstance(model, type) or not callable(getattr(model, "predict", None)):
             cure = "it must be an object with predict(), an instance and not a class"
             raise MestError(f"{owner} has the model {model!r}; {cure}")
-        stages = "predict", "infer", "infer_batch"
-        if isinstance(model, GenericModel) and not any(own_stage(model, name) for name in stages):
-            name = type(model).__name__
-            raise MestError(f"{owner}: {name} has neither infer() nor infer_batch()")
+        if isinstance(model, GenericModel):
+            check_model(model)
+            stages = "predict", "infer", "infer_batch"
+            if not any(own_stage(model, name) for name in stages):
+                name = type(model).__name__
+                raise MestError(f"{owner}: {name} has neither infer() nor infer_batch()")
         if schema is None:
             if not (first := first_stage(model)):
                 raise MestError(f"{owner} has no schema, and infer_batch() tells nothing about it")
@@ -1803,38 +1904,38 @@ class Router:
         full = (registration.url_prefix or "").rstrip("/") + url
         host = options.get("subdomain", registration.subdomain) or "", options.get("host")
         methods = {method.upper() for method in options["methods"]}
-        for other in registration.app.url_map.iter_rules():
-            taken = other.methods - ({"OPTIONS"} if other.provide_automatic_options else set())
+        for other, _ in views_of(registration.app):
+            automatic = getattr(other, "provide_automatic_options", False)
+            taken = other.methods - ({"OPTIONS"} if automatic else set())
             same = _shape(other.rule) == _shape(full)
             if same and methods & taken and (other.subdomain or "", other.host) == host:
                 clash = f"{' '.join(methods & taken)} {full} of router {self.name!r}"
                 owner = f"of the endpoint {other.endpoint!r}; give one of them another url"
                 owner += ", or set docs=False" if other.endpoint.startswith("mest_docs.") else ""
                 raise MestError(f"{clash} is a route already, {owner}")
-        app, handler = registration.app, view.__wrapped__
-        variables = {*VARIABLE.findall(f"{full} {host}")}
-        variables |= {*options.get("defaults", ()), *registration.url_defaults}
-        if not any(app.url_value_preprocessors.values()):  # which may change the variables
-            check_route(full, handler, variables)
         registration.add_url_rule(url, view_func=view, **options)
-        if isinstance(handler, Prediction) and "mest" in app.extensions:
-            app.extensions["mest"].adopt(handler.model)
+        handler, mest_app = view.__wrapped__, registration.app.extensions.get("mest")
+        if mest_app and isinstance(getattr(handler, "model", None), GenericModel):
+            mest_app.adopt(handler.model)
 
 
-def check_route(url: str, handler: Any, variables: set[str]) -> None:
-    """Raise a MestError if requests to an url would fail for what its handler can take."""
-    parameters, function = getattr(handler, "parameters", None), handler
-    if isinstance(handler, Prediction):
-        function = first_stage(handler.model)
-    elif parameters:
-        function = handler.__wrapped__
-        parameters = None if hasattr(function, "parameters") else parameters  # decorated once more
-        function = function if parameters else handler
-    if function:
+def check_routes(app: flask.Flask) -> None:
+    """Raise a MestError if requests to a route would fail for what its handler can take."""
+    for rule, view in views_of(app):
+        handler = handler_of(app, rule)
+        # Others than Mest's own views, and hooks, may change what a handler is given.
+        if getattr(view, "itself", None) is not view or any(app.url_value_preprocessors.values()):
+            continue
+        function, schema = handler, {}
+        parameters, inner = parameters_of(handler), getattr(handler, "__wrapped__", None)
+        if isinstance(handler, Prediction):
+            function, schema = first_stage(handler.model), parameters.schema
+        elif parameters and not parameters_of(inner):  # or else it is decorated once more
+            function, schema = inner, parameters.schema
         try:
-            check_fit(function, parameters.schema if parameters else {}, variables)
+            check_fit(function, schema, rule.arguments) if function else None
         except MestError as error:
-            raise MestError(f"the route {url}: {error}") from None
+            raise MestError(f"the route {rule.rule}: {error}") from None
 
 
 #: A variable in an url of Flask's, such as <int:user>.
@@ -1844,12 +1945,6 @@ VARIABLE = re.compile(r"<(?:[^<>]*:)?(\w+)>")
 def _shape(url: str) -> str:
     """Return an url without the names of its variables, which do not tell it from another."""
     return re.sub(r"<(?:string:)?(?:([^<>]*):)?\w+>", r"<\1>", url)
-
-
-def views_of(app: flask.Flask) -> Iterator[tuple[Rule, Any]]:
-    """Yield the rules of an application, with their views."""
-    for rule in app.url_map.iter_rules():
-        yield rule, app.view_functions.get(rule.endpoint)
 
 
 def handler_of(app: flask.Flask, rule: Rule) -> Any:
@@ -1905,7 +2000,7 @@ def why_through_flask(app: flask.Flask, rule: Rule) -> str:
 def ways(app: flask.Flask) -> list[str]:
     """Return which way the requests to each route go, and why."""
     lines = []
-    for rule in app.url_map.iter_rules():
+    for rule, _ in views_of(app):
         why = why_through_flask(app, rule)
         methods = "|".join(sorted(rule.methods - FLASK_METHODS)) or "OPTIONS"
         lines.append(f"{methods} {rule.rule} " + (f"through Flask: {why}" if why else "directly"))
@@ -2080,7 +2175,7 @@ class Edge:
         """Find the direct routes, when all routes and hooks have been declared."""
         app = self.service.app
         app._got_first_request = True  # so that Flask refuses later ones, as it does when it serves
-        rules = [rule for rule in app.url_map.iter_rules() if not why_through_flask(app, rule)]
+        rules = [rule for rule, _ in views_of(app) if not why_through_flask(app, rule)]
         keys = bool(self.config.api_keys)
         self.direct = [Direct(rule, handler_of(app, rule), keys) for rule in rules]
         self.fixed = {
@@ -2362,6 +2457,7 @@ JSON_TYPES = {
     "dict": "object", "float": "number", "integer": "integer", "list": "array", "number": "number",
     "set": "array", "string": "string",
 }
+KINDS = ["string", "number", "boolean", "object", "array"]
 FORMATS = {"binary": "binary", "date": "date", "datetime": "date-time"}
 #: What Cerberus's limits are called in JSON Schema, for each type that they limit.
 NUMERIC = {"min": "minimum", "max": "maximum"}
@@ -2371,81 +2467,126 @@ LIMITS = {
     "array": {"minlength": "minItems", "maxlength": "maxItems"},
     "object": {"minlength": "minProperties", "maxlength": "maxProperties"},
 }
-#: Parts of Python's regular expressions that other languages lack.
-PYTHONIC = re.compile(r"\(\?[^:=!]|\\[AZ]")
+#: Parts of Python's regular expressions that other languages lack, or read otherwise.
+PYTHONIC = re.compile(
+    r"\(\?[^:=!]|[+*?}]\+|\[\^?\]|\{,|\\[^dDwWsSbBnrtfv.*+?()|{}^$/\\\[\]]|[\ud800-\udfff]"
+)
+SIZED = {"string", "array", "object"}
 
 
-def json_schema(rules: Any, *inherited: bool) -> dict[str, Any]:
+def as_json(value: Any) -> list:
+    """Return a list of the value as it is in JSON, or an empty list if it cannot be."""
+    try:
+        return [json.loads(ENCODER.encode(value))]
+    except (TypeError, ValueError, RecursionError):
+        return []
+
+
+def json_schema(
+    rules: Any, unknown: Any = False, required: Any = False, names: tuple = ()
+) -> dict[str, Any]:
     """Return what a value must be by Cerberus's rules, as a JSON Schema (draft 2020-12).
 
-    It says what that can say. Of a value that the service converts first, it says nothing.
+    It says what that can say, and nothing of a value that the service converts first. Dictionaries
+    hand down whether unknown fields are allowed and known ones required, and the names of rules
+    that are being described, since those may be within themselves.
     """
-    rules = resolved(rules)
-    schema = {"default": rules["default"]} if "default" in rules else {}
+    if isinstance(rules, str) and rules in names:
+        return {}
+    names = (*names, rules) if isinstance(rules, str) else names
+    rules, about = resolved(rules), {}
+    if "default" in rules:
+        about |= {"default": default for default in as_json(rules["default"])}
     if isinstance(rules.get("meta"), dict) and "description" in rules["meta"]:
-        schema["description"] = rules["meta"]["description"]
+        about["description"] = str(rules["meta"]["description"])
     if "coerce" in rules or not JSON_TYPES.keys() >= set(types_of(rules)):
-        return schema
-    kinds = [*dict.fromkeys(JSON_TYPES[kind] for kind in types_of(rules))]
-    kinds = kinds or ["string", "number", "boolean", "object", "array"]
+        return about
+    schema = _value_schema(rules, unknown, required, names)
+    types = as_list(schema["type"])
+    if rules.get("empty") and SIZED & {*types}:  # then Cerberus asks no more of an empty value
+        empty = {"type": sorted(SIZED & {*types}), "maxLength": 0, "maxItems": 0}
+        schema = {"anyOf": [schema, {**empty, "maxProperties": 0}]}
+    if rules.get("nullable") or rules.keys() & {"default", "default_setter"}:  # which replace null
+        if schema.keys() & {"enum", "not", "allOf", "anyOf", "oneOf"}:
+            schema = {"anyOf": [schema, {"type": "null"}]}
+        else:
+            schema["type"] = [*types, "null"]
+    return {**schema, **about}
+
+
+def _value_schema(rules: Mapping, *inherited: Any) -> dict[str, Any]:
+    """Return what rules say about a value that is neither null nor converted."""
+    kinds = [*dict.fromkeys(JSON_TYPES[kind] for kind in types_of(rules))] or [*KINDS]
+    schema: dict[str, Any] = {"type": kinds if len(kinds) > 1 else kinds[0]}
     schema |= {"format": FORMATS[kind] for kind in types_of(rules) if kind in FORMATS}
-    nullable = [None] if rules.get("nullable") or "default" in rules else []  # it replaces null
-    names = kinds + ["null"] if nullable else kinds
-    schema["type"] = names if len(names) > 1 else names[0]
-    limits = rules if rules.get("empty", True) else {"minlength": 1, **rules}
+    least = {} if rules.get("empty", True) else {"minlength": max(1, rules.get("minlength", 1))}
     for rule, keyword in itertools.chain(*(LIMITS.get(kind, {}).items() for kind in kinds)):
-        if type(bound := limits.get(rule)) in (int, float) and math.isfinite(bound):
+        bound = {**rules, **least}.get(rule)
+        counts_defaults = keyword.endswith("Properties") and "schema" in rules
+        if type(bound) in (int, float) and are_finite([bound]) and not counts_defaults:
             schema[keyword] = bound
-    if "string" in kinds and not PYTHONIC.search(rules.get("regex", "")) and "regex" in rules:
+    if "string" in kinds and "regex" in rules and not PYTHONIC.search(rules["regex"]):
         schema["pattern"] = f"^(?:{rules['regex'].removesuffix('$')}$)"
-    if kinds == ["array"]:
-        schema["items"] = json_schema(rules.get("schema"), *inherited) if "schema" in rules else {}
-        if "allowed" in rules:
-            schema["items"]["enum"] = [*rules["allowed"]]
-    elif "allowed" in rules:
-        schema["enum"] = [*rules["allowed"], *nullable]
-    if "items" in rules:
-        schema["prefixItems"] = [json_schema(item, *inherited) for item in rules["items"]]
-        schema |= {"items": False, "minItems": len(rules["items"])}
     if kinds == ["object"]:
         schema |= _object_schema(rules, *inherited)
-    for rule in LOGIC & rules.keys():
-        shared = {name: rules[name] for name in ("type", "nullable") if name in rules}
-        each = [json_schema({**shared, **others}, *inherited) for others in rules[rule]]
-        schema[rule.replace("of", "Of")] = each
-    never = schema.pop("noneOf", [])
-    never += [{"enum": [*rules["forbidden"]]}] if "forbidden" in rules else []
-    return {**schema, "not": never[0] if len(never) == 1 else {"anyOf": never}} if never else schema
+    said, of_items = [], []
+    for rule in ("allowed", "forbidden"):
+        if isinstance(rules.get(rule), Iterable):
+            values = {"enum": [known for value in rules[rule] for known in as_json(value)]}
+            if kinds == ["array"]:  # of a list it is said of the items
+                of_items.append(values if rule == "allowed" else {"not": values})
+            elif not {"array", "object"} & {*kinds}:
+                said.append(values if rule == "allowed" else {"not": values})
+    if kinds == ["array"]:
+        of_items += [json_schema(rules["schema"], *inherited)] if "schema" in rules else []
+        schema["items"] = {"allOf": of_items} if len(of_items) > 1 else [*of_items, {}][0]
+        if "items" in rules:
+            schema["prefixItems"] = [json_schema(item, *inherited) for item in rules["items"]]
+            schema |= {"items": False, "minItems": len(rules["items"])}
+    for rule in sorted(LOGIC & rules.keys()):
+        shared = {name: rules[name] for name in ("type", "allow_unknown") if name in rules}
+        each = [json_schema({**shared, **resolved(one)}, *inherited) for one in rules[rule]]
+        said.append({"not": {"anyOf": each}} if rule == "noneof" else {rule[:-2] + "Of": each})
+    return {**schema, **said[0]} if len(said) == 1 else schema | ({"allOf": said} if said else {})
 
 
-def _object_schema(rules: Mapping, unknown: Any = False, required: Any = False) -> dict[str, Any]:
+def _object_schema(rules: Mapping, unknown: Any, required: Any, names: tuple) -> dict[str, Any]:
     """Return what the rules of a dictionary say about its fields."""
     schema: dict[str, Any] = {}
-    unknown, required = rules.get("allow_unknown", unknown), rules.get("require_all", required)
+    inherited = rules.get("allow_unknown", unknown), rules.get("require_all", required), names
     if "schema" in rules:
-        schema |= fields_schema(rules["schema"], unknown, required)
-    if "valuesrules" in rules:
-        schema["additionalProperties"] = json_schema(rules["valuesrules"], unknown, required)
+        schema |= fields_schema(rules["schema"], *inherited)
+    elif "valuesrules" in rules:
+        schema["additionalProperties"] = json_schema(rules["valuesrules"], *inherited)
     if "keysrules" in rules:
         schema["propertyNames"] = json_schema(rules["keysrules"])
     return schema
 
 
-def fields_schema(fields: Any, unknown: Any = False, required: Any = False) -> dict[str, Any]:
+def fields_schema(
+    fields: Any, unknown: Any = False, required: Any = False, names: tuple = ()
+) -> dict[str, Any]:
     """Return a Cerberus schema as the JSON Schema of an object."""
-    fields = cerberus.schema_registry.get(fields) if isinstance(fields, str) else fields
-    fields = {str(field): resolved(rules) for field, rules in (fields or {}).items()}
-    known = {field: rules for field, rules in fields.items() if not rules.get("readonly")}
-    filled = {"default", "default_setter", "excludes"}
-    return {
-        "type": "object",
-        "properties": {f: json_schema(rules, unknown, required) for f, rules in known.items()},
-        "required": [
-            field for field, rules in known.items()
-            if rules.get("required", required) and not filled & rules.keys()
-        ],
-        "additionalProperties": unknown if isinstance(unknown, bool) else json_schema(unknown),
+    if isinstance(fields, str):
+        if fields in names:
+            return {"type": "object"}
+        fields, names = cerberus.schema_registry.get(fields) or {}, (*names, fields)
+    rules = {str(field): resolved(own) for field, own in fields.items()}
+    known = {field: own for field, own in rules.items() if not own.get("readonly")}
+    optional = {
+        other for field, own in known.items()
+        for other in (*as_list(own.get("excludes", [])), own.get("rename"))
     }
+    optional |= {*known} if any("rename_handler" in own for own in known.values()) else set()
+    replaced = {"default", "default_setter", "excludes", "rename"}
+    needed = [
+        field for field, own in known.items()
+        if own.get("required", required) and not replaced & own.keys() and field not in optional
+    ]
+    properties = {f: json_schema(fields[f], unknown, required, names) for f in known if f in fields}
+    others = unknown if isinstance(unknown, bool) else json_schema(unknown)
+    schema = {"type": "object", "properties": properties, "required": needed}
+    return {**schema, "additionalProperties": others}
 
 
 #: What the answers to requests that fail mean. They are problem details.
@@ -2505,10 +2646,11 @@ def operations(mest_app: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield path, method and description of what can be asked, but for the documentation itself."""
     ids = set()
     for rule, view in views_of(mest_app.app):
-        known = hasattr(view, "needs_key") or hasattr(view, "parameters")
-        if not known or rule.endpoint.startswith("mest_docs"):
+        known = hasattr(view, "needs_key") or parameters_of(view)
+        if not known or re.match(r"mest_docs(_\d+)?\.", rule.endpoint):
             continue
-        path = VARIABLE.sub(r"{\1}", rule.rule)
+        literal = rule.rule.replace("{", "%7B").replace("}", "%7D")
+        path = VARIABLE.sub(r"{\1}", literal)
         summary, _, description = (inspect.getdoc(view) or "").partition("\n")
         for method in sorted(rule.methods & {"GET", "PUT", "POST", "DELETE", "PATCH", "TRACE"}):
             name = re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_")
@@ -2518,7 +2660,7 @@ def operations(mest_app: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
             described = {
                 "operationId": name, "tags": [rule.endpoint.rpartition(".")[0] or "application"],
                 "summary": summary, "description": description.strip(),
-                **request_of(rule, method, getattr(view, "parameters", None)),
+                **request_of(rule, method, parameters_of(view)),
                 "responses": responses_of(rule, view, bool(mest_app.config.api_keys)),
             }
             if mest_app.config.api_keys and not getattr(view, "needs_key", False):
@@ -2528,8 +2670,10 @@ def operations(mest_app: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def request_of(rule: Rule, method: str, parameters: Parameters | None) -> dict[str, Any]:
     """Return what a route takes: parameters of the path, and of the query or the body."""
-    fields = dict(parameters.schema) if parameters else {}
-    example = dict(parameters.example or {}) if parameters else {}
+    given = rule.defaults or {}
+    schema, example = (parameters.schema, parameters.example or {}) if parameters else ({}, {})
+    fields = {field: rules for field, rules in schema.items() if field not in given}
+    example = {k: v for k in example for v in as_json(example[k])}  # files are no part of it
     listed: list[dict[str, Any]] = []
 
     def add(place: str, name: str, required: bool, schema: dict) -> None:
@@ -2545,7 +2689,7 @@ def request_of(rule: Rule, method: str, parameters: Parameters | None) -> dict[s
             add("query", name, name in schema["required"], field)
     if method not in BODY_METHODS or not fields:
         return {"parameters": listed}
-    has_files = any("binary" in types_of(rules) for rules in fields.values())
+    has_files = '"format": "binary"' in json.dumps(schema, default=str)
     media_type = "multipart/form-data" if has_files else "application/json"
     content = {media_type: {"schema": schema, **({"example": example} if example else {})}}
     body = {"required": bool(schema["required"]), "content": content}
@@ -2557,7 +2701,7 @@ def responses_of(rule: Rule, view: Callable, has_keys: bool) -> dict[str, Any]:
     handler, needs_key = getattr(view, "__wrapped__", None), getattr(view, "needs_key", False)
     is_probe = isinstance(handler, Probe) or hasattr(view, "needs_key") and not needs_key
     statuses = {503} if is_probe else {408, 413, 500, 503, 504}
-    statuses |= {400, 415, 422} if hasattr(view, "parameters") else set()
+    statuses |= {400, 415, 422} if parameters_of(view) else set()
     statuses |= {404} if rule.arguments else set()
     statuses |= {401} if has_keys and needs_key else set()
     responses = {str(s): {"$ref": f"#/components/responses/{s}"} for s in sorted(statuses)}
@@ -2586,7 +2730,7 @@ def variable_schema(rule: Rule, name: str) -> dict[str, Any]:
 def openapi_json() -> flask.Response:
     """What this page says, for programs."""
     document = openapi(service(), request.path)
-    text = json.dumps(document, default=str, ensure_ascii=False)
+    text = json.dumps(document, default=str)
     return flask.Response(text, content_type="application/json")
 
 
@@ -2613,14 +2757,17 @@ METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", 
 
 def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach what listens at an address."""
-    return bool(re.match(r"localhost$|127\.|::1$", host))
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 class Mest:
     """A service: a configuration, models and routes on one Flask application.
 
     Args:
-        config: the configuration, or the service_name for one with the defaults.
+        config: the configuration, or the service_name.
+        **fields: with the service_name, fields of MestConfig.
         app: a Flask application to live in, which keeps its logging, error handlers and routes as
             they are. Without it Mest makes one, and all errors of that are problem details.
     """
@@ -2630,10 +2777,14 @@ class Mest:
     _run_by_command = False
     _setup_deferred = False
 
-    def __init__(self, config: MestConfig | str, app: flask.Flask | None = None):
-        config = MestConfig(config) if isinstance(config, str) else config
-        if not isinstance(config, MestConfig):
-            raise MestError(f"Mest was given the configuration {config!r}; it must be a MestConfig")
+    def __init__(
+        self, config: MestConfig | str, app: flask.Flask | None = None, **fields: Any
+    ):
+        if isinstance(config, str):
+            config, fields = MestConfig(config, **fields), {}
+        if not isinstance(config, MestConfig) or fields:
+            needed = 'a MestConfig with all fields, or a name: Mest("shop", workers=2, app=app)'
+            raise MestError(f"Mest was given {config!r}; it must be {needed}")
         if not isinstance(app, (flask.Flask, type(None))):
             raise MestError(f"Mest was given the application {app!r}; it must be a flask.Flask")
         self.config = config
@@ -2648,8 +2799,10 @@ class Mest:
         #: Whether who asks is who develops, and may see tracebacks.
         self.is_in_development = False
         #: The models that it loads.
-        self.models = list(config.models_instances)
+        self.models: list[Any] = []
         self.share_metrics(Metrics())
+        for model in config.models_instances:
+            self.adopt(model)
         for doubt in config.doubts:
             self.logger.warning(doubt)
         #: /livez, /readyz and /metrics, and /docs and /openapi.json. An application that Mest lives
@@ -2777,9 +2930,11 @@ class Mest:
         return self
 
     def adopt(self, model: Any) -> None:
-        """Take care of the model of a predict route, as if it were among models_instances."""
-        if not isinstance(model, GenericModel) or any(model is other for other in self.models):
+        """Take care of a model of the configuration, or of a predict route."""
+        if not hasattr(model, "init") or any(model is other for other in self.models):
             return
+        if isinstance(model, GenericModel):
+            check_model(model)
         self.models.append(model)
         self.share_metrics(self.metrics)
         if self._is_set_up:
@@ -2787,18 +2942,21 @@ class Mest:
 
     def load_models(self) -> None:
         """Do what `setup` does, even while the command has deferred it."""
+        check_routes(self.app)
         directory = self.config.local_model_directory_path
         for model, name in self._labelled():
             if id(model) in self._loaded:
                 continue
             started = time.perf_counter()
             try:
-                model.init(directory)
+                returned = model.init(directory)
             except (Exception, SystemExit) as error:
                 reason = f"model {name} could not be loaded: {type(error).__name__}: {error}"
                 if isinstance(error, ImportError):
                     reason += f"; install it for {sys.executable}"
-                elif not os.path.isdir(directory):
+                elif isinstance(error, TypeError) and not error.__traceback__.tb_next:
+                    reason += "; write def init(self, directory_path)"
+                elif isinstance(error, OSError) and not os.path.isdir(directory):
                     reason += f"; local_model_directory_path is {directory!r}, and there is no"
                     reason += f" directory {os.path.abspath(directory)}"
                 raise MestError(reason) from error
@@ -2807,8 +2965,18 @@ class Mest:
             seconds = self._loaded[id(model)] = time.perf_counter() - started
             self.metrics.set(seconds, "mest_model_load_seconds", name)
             self.logger.info("model %s loaded in %.3f s", name, seconds)
-            if getattr(model, "max_batch_size", 0) == 1 and own_stage(model, "infer_batch"):
-                self.logger.warning("model %s gets no batches: set its max_batch_size", name)
+            if isinstance(model, GenericModel):
+                self._doubt(model, name, returned)
+
+    def _doubt(self, model: GenericModel, name: str, returned: Any) -> None:
+        """Warn of what is probably a mistake in a model that has been loaded."""
+        batches = own_stage(model, "infer_batch")
+        if batches and model.max_batch_size == 1:
+            self.logger.warning("model %s gets no batches: set its max_batch_size", name)
+        if not batches and model.max_batch_size > 1:
+            self.logger.warning("model %s makes no batches: it has no infer_batch()", name)
+        if returned is not None and model.model is None:
+            self.logger.warning("init of model %s returned something: set self.model to it", name)
 
     def warm_up(self) -> None:
         """Load the models, and run the example of each predict route once: first calls are slow.
@@ -2823,7 +2991,7 @@ class Mest:
         for model in self.models:
             if isinstance(model, GenericModel):  # the first call may take as long as it needs
                 model._limits = self.config.max_queued_requests, None
-        for rule in self.app.url_map.iter_rules():
+        for rule, _ in views_of(self.app):
             prediction = handler_of(self.app, rule)
             if isinstance(prediction, Prediction) and prediction.parameters.example is not None:
                 params = prediction.parameters.check(copy.deepcopy(prediction.parameters.example))
@@ -2882,7 +3050,8 @@ class Mest:
         self.is_in_development = is_loopback(host)
         starts_another = options.get("use_reloader") and not is_running_from_reloader()
         if "mest_docs" in self.app.blueprints and not starts_another:
-            place = f"[{host}]" if ":" in host else host
+            place = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # all are this one, too
+            place = f"[{place}]" if ":" in place else place
             self.logger.info("try it in a browser: http://%s:%d/docs", place, port)
         run_simple(host, port, self.app, threaded=True, **options)
 
@@ -3133,7 +3302,7 @@ def settings_for(mest_app: Mest, bind: str) -> dict[str, Any]:
         "workers": mest_app.config.workers,
         "worker_class": worker_for(mest_app),
         "worker_connections": mest_app.config.max_connections,
-        "graceful_timeout": mest_app.config.graceful_timeout,
+        "graceful_timeout": mest_app.config.graceful_timeout + 2,  # of which workers leave 2
         "asgi_lifespan": "on",
         "asgi_disconnect_grace_period": 0,  # who has left is not waited for
         "keepalive": 75,  # seconds; load balancers keep idle connections for 60
@@ -3288,6 +3457,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MestError as error:
         print(report(error), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130  # as shells have it
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -3349,7 +3520,8 @@ def run_dev(args: argparse.Namespace) -> int:
     if args.debug and not is_loopback(host):
         raise MestError(f"--debug lets whoever reaches {host} run code; use --host 127.0.0.1")
     if not port:  # a free one, which a reload keeps
-        with socket.create_server((host, 0)) as free:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, 0), family=family) as free:
             os.environ.setdefault("_MEST_PORT", str(free.getsockname()[1]))
         port = int(os.environ["_MEST_PORT"])
     os.environ |= {"MEST_LISTEN_HOST": host, "MEST_LISTEN_PORT": str(port)}
@@ -3408,7 +3580,7 @@ def run_shell(args: argparse.Namespace) -> int:
     """start a Python prompt with the models loaded, IPython's where that is installed"""
     mest_app, module = load_app(args)
     mest_app.load_models()
-    names = {"mest_app": mest_app, "app": mest_app.app, "client": mest_app.app.test_client()}
+    names = {"mest_app": mest_app, "app": mest_app.app, "client": client_of(mest_app)}
     models = set(map(id, mest_app.models))
     names |= {name: value for name, value in vars(module).items() if id(value) in models}
     banner = summary(mest_app, names)
@@ -3424,6 +3596,14 @@ def run_shell(args: argparse.Namespace) -> int:
             console.runsource(Path(startup).read_text("utf-8", "replace"), startup, "exec")
         console.interact(banner, exitmsg="")
     return 0
+
+
+def client_of(mest_app: Mest) -> FlaskClient:
+    """Return a client of Flask's to test a service, which has a key if one is needed."""
+    client = mest_app.app.test_client()
+    for key in mest_app.config.api_keys[:1]:
+        client.environ_base["HTTP_X_API_KEY"] = key.decode()
+    return client
 
 
 def summary(mest_app: Mest, names: Mapping[str, Any]) -> str:
@@ -3474,34 +3654,49 @@ def send_examples(mest_app: Mest) -> int:
     """Send each example to the service, say how it went, and return 1 if one is not answered."""
     mest_app.load_models()
     mest_app.is_in_development = True  # answers say what failed
-    keys, failed = mest_app.config.api_keys, 0
-    headers = {"X-API-Key": keys[0].decode()} if keys else {}
-    for method, url, sent in examples(mest_app):
-        began = time.perf_counter()
-        response = mest_app.app.test_client().open(url, method=method, headers=headers, **sent)
+    client, failed, sent = client_of(mest_app), 0, 0
+    for method, url, request in examples(mest_app):
+        began, why = time.perf_counter(), ""
+        try:
+            response = client.open(url, method=method, **request)
+            status = response.status_code
+            if status >= 300:
+                problem = response.get_json(silent=True)
+                why = problem.get("detail", "") if isinstance(problem, dict) else ""
+        except Exception as error:  # it has no form in JSON, for instance
+            status, why = 0, f"it cannot be sent: {error}"
+        sent, failed = sent + 1, failed + (not 200 <= status < 300)
         took = (time.perf_counter() - began) * 1000
-        problem = response.get_json(silent=True) if response.status_code >= 300 else None
-        why = [problem[name] for name in ("detail", "errors") if name in problem] if problem else []
-        failed |= response.status_code >= 300
-        print(f"{method} {url}: {response.status_code} in {took:.1f} ms", *why)
-    return int(failed)
+        print(f"{method} {url}: {status or 'not sent'} in {took:.1f} ms {why}".rstrip())
+    print(f"{sent - failed} of {sent} examples are answered")
+    return min(failed, 1)
 
 
 def examples(mest_app: Mest) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield method and url of a request with each example, and the rest for Flask's client."""
     for rule, view in views_of(mest_app.app):
-        parameters = getattr(view, "parameters", None)
+        parameters = parameters_of(view)
         example = parameters.example if parameters else None
-        if example is None or rule.arguments - example.keys() - {*(rule.defaults or ())}:
+        values = {**(example or {}), **(rule.defaults or {})}
+        if example is None or rule.arguments - values.keys():
             continue  # there is none, or it says nothing about the path
-        _, url = rule.build({**(rule.defaults or {}), **example}, append_unknown=False)
+        try:
+            _, url = rule.build(values, append_unknown=False) or ("", "")
+        except ValueError as error:
+            url = f"{rule.rule}: {error}"
         rest = {name: example[name] for name in example if name not in rule.arguments}
-        files = {name: (BytesIO(v), name) for name, v in rest.items() if isinstance(v, bytes)}
+        files = {name: content for name in rest if (content := file_of(name, rest[name]))}
         for method in sorted(rule.methods - FLASK_METHODS):
             if method not in BODY_METHODS:
                 yield method, url, {"query_string": rest}
             else:
                 yield method, url, {"data": {**rest, **files}} if files else {"json": rest}
+
+
+def file_of(name: str, value: Any) -> list:
+    """Return bytes, or several, as Flask's client takes files, or an empty list."""
+    are_files = all(isinstance(part, (bytes, bytearray)) for part in as_list(value))
+    return [(BytesIO(part), name) for part in as_list(value)] if are_files else []
 
 
 def need(package: str) -> ModuleType:
@@ -3563,8 +3758,11 @@ def check_routers(mest_app: Mest, name: str, declared: Mapping[str, Any]) -> Non
 
     It is an error if there is no other route.
     """
-    ours, rules = {"mest", "mest_docs"}, mest_app.app.url_map.iter_rules()
-    serves_anything = any(rule.endpoint.split(".")[0] not in ours for rule in rules)
+    ours, rules = {"mest", "mest_docs"}, views_of(mest_app.app)
+    serves_anything = any(rule.endpoint.split(".")[0] not in ours for rule, _ in rules)
+    if not serves_anything:
+        cure = f"call {name}.router.add_predict_route(…)"
+        mest_app.logger.warning("the service has no routes yet; %s", cure)
     for variable, router in declared.items():
         if isinstance(router, Router) and router.routes and not router._registrations:
             cure = f'call {name}.register_router(url="/", router={variable})'
@@ -3633,7 +3831,7 @@ const make = (tag, properties = {}, ...children) => {
 };
 const list = value => value === undefined ? [] : [].concat(value);
 const show = value => JSON.stringify(value);
-const isFile = schema => schema.format === "binary";
+const isFile = schema => (schema.items || schema).format === "binary";
 
 // What a schema allows, in words.
 function kind(schema) {
@@ -3672,19 +3870,22 @@ function sample(schema) {
   }
   if (type === "array") {
     if (schema.prefixItems) return schema.prefixItems.map(sample);
-    return Array(schema.minItems || 1).fill(null).map(() => sample(schema.items || {}));
+    const count = Math.min(schema.minItems || 1, 4096);
+    return Array(count).fill(null).map(() => sample(schema.items || {}));
   }
   if (type === "integer") return Math.ceil(schema.minimum ?? Math.min(1, schema.maximum ?? 1));
   if (type === "number") return schema.minimum ?? Math.min(1, schema.maximum ?? 1);
   if (type === "boolean") return true;
   if (type === "null") return null;
-  return "text".padEnd(schema.minLength || 0, "x").slice(0, schema.maxLength ?? 4096);
+  const least = Math.min(schema.minLength || 0, 4096);
+  return "text".padEnd(least, "x").slice(0, schema.maxLength ?? 4096);
 }
 
 // Cerberus's errors in one line: a list of messages, or of what is wrong within.
 function words(errors) {
   const within = error => Object.entries(error).map(([name, its]) => `${name}: ${words(its)}`);
-  return list(errors).flatMap(error => error.trim ? error : within(error)).join("; ");
+  const isWithin = error => error && typeof error === "object";
+  return list(errors).flatMap(error => isWithin(error) ? within(error) : `${error}`).join("; ");
 }
 
 const quote = text => `'${text.replaceAll("'", "'\\''")}'`;
@@ -3694,9 +3895,10 @@ function route(path, method, operation, server, key) {
   const fields = [], content = (operation.requestBody || {}).content || {};
   const [type, body] = Object.entries(content)[0] || [];
   const isForm = type === "multipart/form-data", schema = (body || {}).schema || {};
-  const given = isForm && body.example || {}, rows = [...operation.parameters];
+  const given = new Map(Object.entries(isForm && body.example || {}));
+  const rows = [...operation.parameters];
   for (const [name, field] of Object.entries(schema.properties || {})) {
-    const required = schema.required.includes(name), example = given[name];
+    const required = schema.required.includes(name), example = given.get(name);
     rows.push({ name, in: isForm ? "form" : "body", schema: field, required, example });
   }
   const id = name => `${operation.operationId}-${name}`;
@@ -3706,8 +3908,10 @@ function route(path, method, operation, server, key) {
     const cell = make("td");
     if (row.in !== "body") {
       const value = row.example ?? row.schema.default ?? (row.required ? sample(row.schema) : "");
-      const shown = isFile(row.schema) ? { type: "file" } : { value: list(value).join(",") };
-      row.input = make("input", shown);
+      const isObject = typeof value === "object" && !Array.isArray(value);
+      const shown = { value: isObject ? show(value) : list(value).join(",") };
+      row.input = make("input", isFile(row.schema) ? { type: "file" } : shown);
+      row.input.multiple = isFile(row.schema) && row.schema.type === "array";
       row.input.setAttribute("aria-label", row.name);
       row.input.setAttribute("aria-describedby", error.id);
       cell.append(row.input);
@@ -3735,7 +3939,8 @@ function route(path, method, operation, server, key) {
       if (!input) continue;
       const values = isFile(schema) ? [...input.files]
         : list(schema.type).includes("array") ? input.value.split(",") : [input.value];
-      if (place === "path") url = url.replace(`{${name}}`, encodeURIComponent(input.value));
+      const encoded = encodeURIComponent(input.value) || "%20";
+      if (place === "path") url = url.replace(`{${name}}`, encoded);
       else if (isFile(schema) || input.value !== "") {
         for (const value of values) {
           place === "query" ? query.append(name, value) : form.push([name, value]);
@@ -3743,7 +3948,7 @@ function route(path, method, operation, server, key) {
       }
     }
     if (text) [data, headers["Content-Type"]] = [text.value, "application/json"];
-    url = new URL(url.slice(1), server);
+    url = new URL(`.${url}`, server);
     url.search = query;
     return { url, headers, data, form };
   }
@@ -3752,11 +3957,11 @@ function route(path, method, operation, server, key) {
     const implied = data !== null || form.length ? "POST" : "GET";
     if (method !== implied) parts.push("-X", method);
     parts.push(quote(url.href));
-    if (key) parts.push('-H "Authorization: Bearer $MEST_API_KEY"');
+    if (key) parts.push('-H "Authorization: Bearer $API_KEY"');
     for (const name in headers) parts.push("-H", quote(`${name}: ${headers[name]}`));
-    if (data !== null) parts.push("-d", quote(data));
+    if (data !== null) parts.push("--data-raw", quote(data));
     for (const [name, value] of form) {
-      if (value.name) parts.push("-F", quote(`${name}=@${value.name}`));
+      if (value.name) parts.push("-F", quote(`${name}=@${show(value.name)}`));
       else parts.push("--form-string", quote(`${name}=${value}`));
     }
     curl.textContent = parts.join(" ");
@@ -3774,12 +3979,12 @@ function route(path, method, operation, server, key) {
       const began = performance.now();
       const response = await fetch(url, { method, headers, body: sent });
       const blob = await response.blob(), took = performance.now() - began;
-      const plain = /json|text|xml/.test(blob.type) || !blob.size;
+      const plain = /^text\/|[/+](json|xml)\b/.test(blob.type) || !blob.size;
       const shown = plain ? await blob.text() : `${blob.size} bytes of ${blob.type}`;
-      answer.textContent = shown.slice(0, 1e5);
+      answer.textContent = shown.length > 1e5 ? `${shown.slice(0, 1e5)}… (cut)` : shown;
       outcome.textContent = `${response.status} ${response.statusText} in ${took.toFixed(1)} ms`;
       answer.hidden = false;
-      if (!response.ok) explain(answer.textContent);
+      if (!response.ok) explain(shown);
     } catch (failure) {
       outcome.textContent = `No answer: ${failure.message}`;
       answer.hidden = true;
@@ -3787,7 +3992,7 @@ function route(path, method, operation, server, key) {
   }
   function explain(problem) {
     let errors = {};
-    try { errors = JSON.parse(problem).errors || {}; } catch { return; }
+    try { errors = Object(JSON.parse(problem).errors); } catch { return; }
     if (text) text.ariaInvalid = "true";
     for (const [name, wrong] of Object.entries(errors)) {
       const field = fields.find(field => field.name === name);
@@ -3827,25 +4032,25 @@ async function start() {
   document.title = byId("title").textContent = info.title;
   const key = service.security && byId("key").querySelector("input");
   byId("key").hidden = !key;
-  const server = new URL(`${service.servers[0].url}/`, place), groups = {};
+  const server = new URL(`${service.servers[0].url}/`, place), groups = new Map();
   for (const [path, item] of Object.entries(service.paths)) {
     for (const [method, operation] of Object.entries(item)) {
       const needed = key && !(operation.security && !operation.security.length) && key;
       const [tag] = operation.tags;
-      groups[tag] ||= [];
-      groups[tag].push(route(path, method.toUpperCase(), operation, server, needed));
+      const form = route(path, method.toUpperCase(), operation, server, needed);
+      groups.set(tag, [...(groups.get(tag) || []), form]);
     }
   }
-  const { mest, ...others } = groups; // Mest's own routes last
-  for (const [tag, routes] of Object.entries({ ...others, ...(mest && { mest }) })) {
+  for (const [tag, routes] of [...groups].sort(([a], [b]) => (a === "mest") - (b === "mest"))) {
     byId("routes").append(make("h2", { textContent: tag }), ...routes);
   }
   const first = byId("routes").querySelector("details:has(tr)");
-  const chosen = location.hash ? byId(location.hash.slice(1)) : first;
+  const chosen = location.hash ? byId(decodeURIComponent(location.hash.slice(1))) : first;
   if (chosen) chosen.open = true;
   const ready = await fetch("readyz"), known = info["x-models"].join(", ");
-  const problem = ready.status === 503 && (await ready.json()).detail;
-  const state = ready.ok ? "ready" : problem && `not ready: ${problem}`;
+  const said = await ready.json().catch(() => ({})); // a proxy or a host may answer instead
+  const problem = said.status === 503 && `not ready: ${said.detail}`;
+  const state = said.status === "ready" ? "ready" : problem;
   const version = info.version !== "0" && `version ${info.version}`;
   const parts = [state, version, known && `models: ${known}`, `Mest ${info["x-mest"]}`];
   byId("state").textContent = parts.filter(Boolean).join(" · ");
