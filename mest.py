@@ -70,7 +70,7 @@ from difflib import get_close_matches
 from io import BytesIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import FunctionType, ModuleType, SimpleNamespace, UnionType
+from types import FunctionType, ModuleType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 from urllib.parse import parse_qsl, unquote_to_bytes
 
@@ -1551,14 +1551,13 @@ MestModel = GenericModel
 # Routes
 
 
-def service() -> Any:
-    """Return the Mest of the Flask application, or what stands in for it under a mere blueprint."""
-    if mest_app := current_app.extensions.get("mest"):
-        return mest_app
+def service() -> Mest:
+    """Return the Mest of the Flask application, which gets one where it has a mere blueprint."""
     app = current_app._get_current_object()
-    here = {"config": MestConfig(app.name, environ={}), "app": app, "logger": app.logger}
-    here |= {"draining": False, "is_in_development": False, "metrics": Metrics()}
-    return SimpleNamespace(**here, answered=lambda *args: None)
+    if "mest" not in app.extensions:
+        with contextlib.suppress(MestError):  # another thread has just given it one
+            Mest(MestConfig(app.name, environ={}), app=app)
+    return app.extensions["mest"]
 
 
 def validate_params(schema: dict, example: dict | None = None) -> Callable[[Callable], Callable]:
@@ -2790,8 +2789,6 @@ class Mest:
         self.config = config
         self.logger = logging.getLogger(config.service_name) if app else set_up_logging(config)
         self.app = app or self._flask()
-        if self.app.extensions.setdefault("mest", self) is not self:
-            raise MestError("the Flask application has a Mest already; add routers to that")
         self._draining = mmap.mmap(-1, 1)  # a byte that processes share across forks
         self._loaded: dict[int, float] = {}  # seconds that it took, by the models' ids
         self._edge: Edge | None = None
@@ -2815,6 +2812,8 @@ class Mest:
         if config.docs:
             self.docs._add_own("docs", "GET", docs)
             self.docs._add_own("openapi.json", "GET", openapi_json)
+        if self.app.extensions.setdefault("mest", self) is not self:
+            raise MestError("the Flask application has a Mest already; add routers to that")
         if not app:
             self.register_router("/", self.probes)
             self.register_router("/", self.docs)
