@@ -164,14 +164,10 @@ REQUEST_ID: ContextVar[str | None] = ContextVar("mest.request_id", default=None)
 
 def request_id() -> str | None:
     """Return the id of the request that this is about, if any."""
-    if known := REQUEST_ID.get():
-        return known
-    if not flask.has_request_context():
-        return None
-    environ = request.environ
-    if "mest.request_id" not in environ:
-        environ["mest.request_id"] = sane_id(environ.get("HTTP_X_REQUEST_ID", ""))
-    return environ["mest.request_id"]
+    if REQUEST_ID.get() or not flask.has_request_context():
+        return REQUEST_ID.get()
+    sent = request.environ.get("HTTP_X_REQUEST_ID", "")
+    return request.environ.setdefault("mest.request_id", sane_id(sent))
 
 
 #: Not os.urandom, which lets other threads run, and so costs as much as the rest of a request.
@@ -1272,7 +1268,8 @@ class GenericModel:
 
     def infer(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's result for a payload; by default that of a batch of one."""
-        return result_of(self, kwargs or (args[0] if len(args) == 1 else list(args)))
+        payload = kwargs or (args[0] if len(args) == 1 else list(args))
+        return raised(results_of(self, [payload])[0])
 
     def infer_batch(self, payloads: list) -> Sequence:
         """Return the results for the payloads of several requests, one each, in their order.
@@ -1377,11 +1374,6 @@ def raised(outcome: Any) -> Any:
             raise RuntimeError(repr(outcome)) from outcome
         raise outcome
     return outcome
-
-
-def result_of(model: GenericModel, payload: Any) -> Any:
-    """Return or raise the result of a batch of one."""
-    return raised(results_of(model, [payload])[0])
 
 
 TOO_LATE = "The model did not answer in time."
