@@ -3228,8 +3228,7 @@ def master_for(mest_app: Mest) -> type:
             signal.pthread_sigmask(signal.SIG_BLOCK, {DISMISS})  # until the child can heed it
             pid = super().spawn_worker()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {DISMISS})
-            worker = self.WORKERS[pid]
-            worker.slot, worker.began, worker.dismissed = slot, time.monotonic(), False
+            self.WORKERS[pid].slot, self.WORKERS[pid].dismissed = slot, False
             return pid
 
         def is_ready(self, worker: Any) -> bool:
@@ -3251,10 +3250,6 @@ def master_for(mest_app: Mest) -> type:
             super().murder_workers()
             if time.monotonic() > self.retry_at:
                 self.num_workers, self.retry_at = self.cfg.workers, math.inf
-            limit = mest_app.config.startup_timeout
-            for pid, worker in [*self.WORKERS.items()]:
-                if not self.is_ready(worker) and time.monotonic() - worker.began > limit + 5:
-                    os.kill(pid, signal.SIGABRT)  # it does not even notice the alarm
 
         def reap_workers(self) -> None:
             """Go on without workers that could not start, as long as there are others."""
@@ -3342,9 +3337,6 @@ def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
             cls = self.cfg.worker_class
             return issubclass(cls, ASGIWorker) or "uvicorn" in cls.__module__
 
-        def wsgi(self) -> Any:
-            return self.load()
-
         def load(self) -> Any:
             """Load the models, in a worker, or in the master with --preload."""
             faulthandler.enable()  # native code of models may crash
@@ -3382,7 +3374,7 @@ def alarm(seconds: int) -> Iterator[None]:
 
     signal.signal(signal.SIGALRM, ring)
     signal.alarm(seconds)
-    faulthandler.dump_traceback_later(seconds + 10, exit=True)  # for code that hears no alarm
+    faulthandler.dump_traceback_later(seconds + 5, exit=True)  # for code that hears no alarm
     try:
         yield
     finally:
