@@ -3137,9 +3137,10 @@ def worker_for(mest_app: Mest) -> type:
             )
 
         def init_signals(self) -> None:
-            """Heed DISMISS alone: a signal to the whole process group is the master's business."""
+            """Heed two alone: a signal to the whole process group is the master's business."""
+            heeded = DISMISS, signal.SIGABRT  # which a stuck worker gets
             for number in self.SIGNALS:
-                signal.signal(number, signal.SIG_DFL if number == DISMISS else signal.SIG_IGN)
+                signal.signal(number, signal.SIG_DFL if number in heeded else signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {DISMISS})
 
         def run(self) -> None:
@@ -3148,8 +3149,6 @@ def worker_for(mest_app: Mest) -> type:
                                     (signal.SIGQUIT, self.handle_quit_signal),
                                     (signal.SIGUSR1, self.handle_usr1_signal)):
                 self.loop.add_signal_handler(number, handler)
-            signal.signal(signal.SIGABRT, signal.SIG_DFL)  # which a stuck worker gets
-            faulthandler.enable()
             super().run()
 
         def notify(self) -> None:
@@ -3339,7 +3338,7 @@ def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
 
         def load(self) -> Any:
             """Load the models, in a worker, or in the master with --preload."""
-            faulthandler.enable()  # native code of models may crash
+            faulthandler.enable()  # native code of models may crash, or not come back
             try:
                 if os.getpid() == self.master:
                     with alarm(config.startup_timeout):
