@@ -1443,12 +1443,8 @@ class Turns:
                 raise Problem(503, "Too many requests wait.", headers={"Retry-After": "1"})
             if self.waiting >= len(self.busy_since) < self.model.max_concurrency:
                 thread = threading.Thread(target=self.serve, daemon=True)
-                self.busy_since[thread] = 0.0
-                try:
-                    thread.start()
-                except RuntimeError:
-                    del self.busy_since[thread]
-                    raise
+                thread.start()
+                self.busy_since.setdefault(thread, 0.0)  # it may be in the model by now
             self.count(1)
             self.queue.put((payload, future, give, known_as))
             if 0 < self.wanted <= self.queue.qsize():
