@@ -3122,8 +3122,6 @@ def worker_for(mest_app: Mest) -> type:
     protocol = protocol_for(mest_app)
 
     class Worker(ASGIWorker):
-        is_serving = False
-
         def _setup_event_loop(self) -> None:
             super()._setup_event_loop()
             self.protocols: set[ASGIProtocol] = set()
@@ -3148,9 +3146,6 @@ def worker_for(mest_app: Mest) -> type:
             super().run()
 
         def notify(self) -> None:
-            if not self.is_serving:  # this is called once a second from now on
-                self.is_serving = True
-                self.app.announce()
             try:
                 mest_app.livez()
                 super().notify()
@@ -3238,7 +3233,7 @@ def master_for(mest_app: Mest) -> type:
         def kill_worker(self, pid: int, number: int) -> None:
             if number != signal.SIGUSR1 and pid in self.WORKERS:
                 self.WORKERS[pid].dismissed = True
-            ours = number == signal.SIGTERM and hasattr(self.worker_class, "is_serving")
+            ours = number == signal.SIGTERM and hasattr(self.worker_class, "close_idle")
             super().kill_worker(pid, DISMISS if ours else number)
 
         def murder_workers(self) -> None:
@@ -3348,12 +3343,8 @@ def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
             gc.collect()
             gc.freeze()  # or full collections stop the service, for 0.05 s with scikit-learn
             sys.setswitchinterval(0.0005)  # seconds that the model may hold up the loop
-            if not hasattr(self.cfg.worker_class, "is_serving"):
-                self.announce()
-            return mest_app if self.is_asgi else mest_app.app
-
-        def announce(self) -> None:
             mest_app.announce(f"{self.address}, {self.cfg.workers} workers")
+            return mest_app if self.is_asgi else mest_app.app
 
     service = Service()
     mest_app.share_metrics(Metrics(slots=4 * service.cfg.workers + 64))
