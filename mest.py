@@ -221,12 +221,10 @@ class MestConfig:
 
     Args:
         service_name: names the logger, the documentation and the answers to pings.
-        listen_port: the TCP port.
         models_instances: models to load, GenericModels or others with `init(directory_path)`, in
             addition to those of predict routes.
-        local_model_directory_path: the directory that each model's `init` is given.
         environ: where MEST_ variables are looked up; os.environ by default.
-        **fields: any other of MestConfig.FIELDS.
+        **fields: any of MestConfig.FIELDS, with listen_port and local_model_directory_path.
 
     Raises:
         MestError: names the field, its value and what is allowed.
@@ -1638,8 +1636,6 @@ def to_response(result: Any) -> Any:
     if plain or hasattr(body, "tolist") or hasattr(body, "item"):
         content, content_type = encode(body)
         body = flask.Response(content, content_type=content_type)
-        if not rest:
-            return body  # which make_response would only look at
     return current_app.make_response((body, *rest) if rest else body)
 
 
