@@ -3221,6 +3221,8 @@ def master_for(mest_app: Mest) -> type:
             return mest_app.metrics.is_ready(worker.slot)
 
         def manage_workers(self) -> None:
+            if time.monotonic() > self.retry_at:
+                self.num_workers, self.retry_at = self.cfg.workers, math.inf
             newest = sorted(self.WORKERS.values(), key=lambda worker: -worker.age)
             enough = all(map(self.is_ready, newest[: self.num_workers]))
             if enough or len(newest) <= self.num_workers:
@@ -3231,11 +3233,6 @@ def master_for(mest_app: Mest) -> type:
                 self.WORKERS[pid].dismissed = True
             ours = number == signal.SIGTERM and hasattr(self.worker_class, "close_idle")
             super().kill_worker(pid, DISMISS if ours else number)
-
-        def murder_workers(self) -> None:
-            super().murder_workers()
-            if time.monotonic() > self.retry_at:
-                self.num_workers, self.retry_at = self.cfg.workers, math.inf
 
         def reap_workers(self) -> None:
             """Go on without workers that could not start, as long as there are others."""
