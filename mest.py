@@ -2818,13 +2818,11 @@ class Mest:
         app.before_request(begin_request)
         app.after_request(finish_request)
         app.teardown_request(end_request)
-        problem = lambda error: as_problem(error, self, f"{request.method} {request.path}")
-        answer = lambda error: problem(self.explained(error)).get_response(request.environ)
-        app.register_error_handler(HTTPException, answer)
+        app.register_error_handler(HTTPException, self.refuse)
         return app
 
-    def explained(self, error: HTTPException) -> HTTPException:
-        """Return the error, which says where to go instead if an url or a method is wrong."""
+    def refuse(self, error: HTTPException) -> Any:
+        """Return the response to an error, which says where to go if an url or method is wrong."""
         if error is request.routing_exception and error.code in (404, 405):
             text = f"There is nothing at {request.path}."
             if isinstance(error, MethodNotAllowed):
@@ -2833,7 +2831,8 @@ class Mest:
             elif close := get_close_matches(request.path, map(str, self.app.url_map.iter_rules())):
                 text += f" Did you mean {close[0]}?"
             error.description = text + (" /docs shows what there is." if self.config.docs else "")
-        return error
+        problem = as_problem(error, self, f"{request.method} {request.path}")
+        return problem.get_response(request.environ)
 
     def share_metrics(self, metrics: Metrics) -> None:
         """Count there from now on, and tell the models so, and what their limits are."""
