@@ -72,7 +72,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FunctionType, ModuleType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
-from urllib.parse import parse_qsl, unquote_to_bytes
+from urllib.parse import parse_qs, unquote_to_bytes
 
 import cerberus
 import flask
@@ -82,7 +82,6 @@ from flask.blueprints import BlueprintSetupState
 from flask.json.provider import DefaultJSONProvider
 from flask.sessions import SecureCookieSessionInterface
 from flask.testing import FlaskClient
-from werkzeug.datastructures import MultiDict
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import AnyConverter, Map, Rule, UUIDConverter
 from werkzeug.routing.converters import NumberConverter
@@ -285,7 +284,8 @@ class MestConfig:
         if self.workers == "auto":
             self.workers = available_cpus()
         #: one of them a request must have, if there are any
-        self.api_keys = read_keys(environ, "MEST_API_KEY") or read_keys(fields, "api_key")
+        self.api_keys = read_keys(environ, "MEST_API_KEY", "MEST_API_KEY_FILE")
+        self.api_keys = self.api_keys or read_keys(fields, "api_key", "api_key_file")
         if self.protect_metrics and not self.api_keys:
             raise MestError("protect_metrics is true, but there is no api_key that protects them")
         self.api_key = ""  # so that nothing that shows a configuration shows keys
@@ -331,19 +331,19 @@ class MestConfig:
         raise MestError(f"{source} is {shown}; it must be {' or '.join(words)} ({meaning})")
 
 
-def read_keys(given: Mapping[str, Any], name: str) -> list[bytes]:
+def read_keys(given: Mapping[str, Any], name: str, file_name: str) -> list[bytes]:
     """Return the API keys that are given under a name, or in a file that is.
 
     Raises:
         MestError: there is no key where there should be: that must not mean that none is needed.
     """
-    names = {name, (name + "_file", name + "_FILE")[name.isupper()]} & given.keys()
+    names = {name, file_name} & given.keys()
     if len(names) > 1:
         raise MestError(f"{' and '.join(sorted(names))} are both given; give one of them")
     for source in names:
+        value = given[source]
         try:
-            own = source == name
-            text = str(given[source]) if own else Path(given[source]).read_text("latin-1")
+            text = str(value) if source == name else Path(value).read_text("latin-1")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is no path"
             raise MestError(f"{source} names a file that cannot be read: {reason}") from None
@@ -1559,13 +1559,13 @@ def validate_params(schema: dict, example: dict | None = None) -> Callable[[Call
     def decorate(handler: Callable) -> Callable:
         name = getattr(handler, "__qualname__", repr(handler))
         parameters = Parameters(schema, example, f"validate_params of {name}()")
-        call = as_sync(handler)
 
         @functools.wraps(handler)
         def validated(*args: Any, **variables: Any) -> Any:
             if args or not flask.has_request_context():
                 return handler(*args, **variables)
-            return call(**read_parameters(parameters, variables))
+            params = read_parameters(parameters, variables)
+            return current_app.ensure_sync(handler)(**params)
 
         validated.parameters = parameters  # for documentation
         return validated
@@ -1595,8 +1595,7 @@ def read_parameters(parameters: Parameters, variables: dict[str, Any]) -> dict[s
 
 def query_of(query: bytes) -> dict[str, list[str]]:
     """Return the fields of a query string."""
-    text = query.decode("utf-8", "replace")
-    return MultiDict(parse_qsl(text, keep_blank_values=True)).to_dict(flat=False) if query else {}
+    return parse_qs(query.decode("utf-8", "replace"), keep_blank_values=True) if query else {}
 
 
 def read_body(http: flask.Request, limit: int) -> bytes:
@@ -1688,16 +1687,9 @@ def admit_request() -> None:
         raise
 
 
-def as_sync(handler: Callable) -> Callable:
-    """Return the handler itself or, if it is asynchronous, what Flask makes of it."""
-    if not inspect.iscoroutinefunction(handler):
-        return handler
-    return lambda *args, **kwargs: current_app.ensure_sync(handler)(*args, **kwargs)
-
-
 def as_view(handler: Callable) -> Callable:
     """Return a Flask view that answers with what the handler returns or raises."""
-    call, needs_key = as_sync(handler), getattr(handler, "needs_key", True) is not False
+    needs_key = getattr(handler, "needs_key", True) is not False
 
     @functools.wraps(handler)
     def view(**variables: Any) -> Any:
@@ -1705,7 +1697,8 @@ def as_view(handler: Callable) -> Callable:
         try:
             if needs_key and service().config.api_keys:
                 admit_request()
-            return finish_request(to_response(call(**variables)))
+            result = current_app.ensure_sync(handler)(**variables)
+            return finish_request(to_response(result))
         except (Exception, SystemExit) as error:  # sys.exit would take the whole process along
             if current_app.debug and not isinstance(error, HTTPException):
                 raise  # to the debugger
