@@ -1044,7 +1044,7 @@ def typed(value):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_compiled_check_accepts_what_cerberus_accepts_and_makes_the_same_of_it(seed):
     wild, compiled, accepted, sure = Wild(seed), 0, 0, 0
-    for _ in range(500):
+    for _ in range(320):
         schema = wild.schema()
         if coerced := wild.perhaps(0.3):  # which only Cerberus can do
             schema["n"] = {"coerce": int}
@@ -1069,7 +1069,7 @@ def test_a_compiled_check_accepts_what_cerberus_accepts_and_makes_the_same_of_it
             else:
                 assert valid and typed(checked) == typed(validator.document), (schema, document)
             accepted += valid
-    assert compiled > 150 and accepted > 800 and sure > 0.4 * accepted
+    assert compiled > 90 and accepted > 500 and sure > 0.4 * accepted
 
 
 I = {"type": "integer"}
