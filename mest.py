@@ -71,7 +71,7 @@ from io import BytesIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FunctionType, ModuleType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from urllib.parse import parse_qs, unquote_to_bytes
 
 import cerberus
@@ -3415,12 +3415,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130  # as shells have it
 
 
+class CommandLine(argparse.ArgumentParser):
+    """A parser whose complaints say what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        if re.search(r"\.py\b", message):
+            message += "; the application is named with --app"
+        elif "unrecognized" in message and "gunicorn" in sys.argv:
+            message += "; gunicorn's own options follow a --"
+        super().error(message)
+
+
 def command_line() -> argparse.ArgumentParser:
     """Return the parser of the command line; what it parses has the function to call as `run`."""
     app = argparse.ArgumentParser(add_help=False)
     app.add_argument("--app", default=argparse.SUPPRESS, metavar="FILE_OR_MODULE[:NAME]",
                      help="the application, and its Mest's name; default $MEST_APP or app.py")
-    parser = argparse.ArgumentParser("mest", description=__doc__.split(" This ")[0], parents=[app])
+    parser = CommandLine("mest", description=__doc__.split(" This ")[0], parents=[app])
     parser.add_argument("--version", action="version", version=f"mest {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     servers = commands.add_parser("run", help="serve the application", parents=[app])
@@ -3622,7 +3633,8 @@ def send_examples(mest_app: Mest) -> int:
         sent, failed = sent + 1, failed + (not 200 <= status < 300)
         took = (time.perf_counter() - began) * 1000
         print(f"{method} {url}: {status or 'not sent'} in {took:.1f} ms {why}".rstrip())
-    print(f"{sent - failed} of {sent} examples are answered")
+    hint = "" if sent else ": give routes an example={…}, and it is sent here"
+    print(f"{sent - failed} of {sent} examples are answered{hint}")
     return min(failed, 1)
 
 

@@ -3829,6 +3829,9 @@ def test_every_failure_is_one_clear_message(project, files, args, message):
         (["run"], "required: SERVER"), (["run", "dev", "--hots", "a"], "unrecognized arguments: --hots a"),
         (["run", "dev", "--workers", "2"], "unrecognized arguments: --workers"),
         (["shell", "--por", "1"], "unrecognized arguments"),
+        (["run", "dev", "main.py"], "unrecognized arguments: main.py; the application is named with --app"),
+        (["run", "main.py"], "; the application is named with --app"),
+        (["run", "gunicorn", "--bind", "a"], "unrecognized arguments: --bind; gunicorn's own options follow a --"),
     ],
 )
 def test_a_wrong_command_line_is_refused(project, args, message):
@@ -3938,8 +3941,10 @@ def test_mest_test_first_sends_each_example(project):
         ("POST /set/a", "not sent", " it cannot be sent: Object of type set is not JSON serializable"),
     ]
     assert "4 of 5 examples are answered" in done.stdout
-    project.write(app=APP)
-    assert project.mest("test").returncode == 0
+    project.write(app=FIRST)
+    done = project.mest("test")
+    assert done.returncode == 0
+    assert "0 of 0 examples are answered: give routes an example={…}, and it is sent here" in done.stdout
     project.write(app=EXAMPLES.replace('{"y":', 'x and {"y":').replace("return x and", "1 / 0; return"))
     project.write(test_it="def test_that(): pass\n")
     done = project.mest("test")
