@@ -2738,14 +2738,26 @@ def is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
+def cure_of(error: BaseException, directory: str) -> str:
+    """Return what to do when a model's `init` has failed, if that can be told."""
+    if isinstance(error, ImportError):
+        return f"; install it for {sys.executable}"
+    if isinstance(error, TypeError) and not error.__traceback__.tb_next:  # init did not begin
+        return "; write def init(self, directory_path)"
+    if isinstance(error, OSError) and not os.path.isdir(directory):
+        missing = f"there is no directory {os.path.abspath(directory)}"
+        return f"; local_model_directory_path is {directory!r}, and {missing}"
+    return ""
+
+
 class Mest:
     """A service: a configuration, models and routes on one Flask application.
 
     Args:
         config: the configuration, or the service_name.
-        **fields: with the service_name, fields of MestConfig.
         app: a Flask application to live in, which keeps its logging, error handlers and routes as
             they are. Without it Mest makes one, and all errors of that are problem details.
+        **fields: with the service_name, fields of MestConfig.
     """
 
     #: Set by the command while it imports an application: `run()` is its business then, and models
@@ -2753,9 +2765,7 @@ class Mest:
     _run_by_command = False
     _setup_deferred = False
 
-    def __init__(
-        self, config: MestConfig | str, app: flask.Flask | None = None, **fields: Any
-    ):
+    def __init__(self, config: MestConfig | str, app: flask.Flask | None = None, **fields: Any):
         if isinstance(config, str):
             config, fields = MestConfig(config, **fields), {}
         if not isinstance(config, MestConfig) or fields:
@@ -2927,14 +2937,7 @@ class Mest:
                 returned = model.init(directory)
             except (Exception, SystemExit) as error:
                 reason = f"model {name} could not be loaded: {type(error).__name__}: {error}"
-                if isinstance(error, ImportError):
-                    reason += f"; install it for {sys.executable}"
-                elif isinstance(error, TypeError) and not error.__traceback__.tb_next:
-                    reason += "; write def init(self, directory_path)"
-                elif isinstance(error, OSError) and not os.path.isdir(directory):
-                    reason += f"; local_model_directory_path is {directory!r}, and there is no"
-                    reason += f" directory {os.path.abspath(directory)}"
-                raise MestError(reason) from error
+                raise MestError(reason + cure_of(error, directory)) from error
             if isinstance(model, GenericModel):
                 model._initialised = True
             seconds = self._loaded[id(model)] = time.perf_counter() - started
