@@ -3331,7 +3331,8 @@ def gunicorn_for(mest_app: Mest, bind: str, options: list[str]) -> Any:
             gc.collect()
             gc.freeze()  # or full collections stop the service, for 0.05 s with scikit-learn
             sys.setswitchinterval(0.0005)  # seconds that the model may hold up the loop
-            mest_app.announce(f"{self.address}, {self.cfg.workers} workers")
+            count = "1 worker" if self.cfg.workers == 1 else f"{self.cfg.workers} workers"
+            mest_app.announce(f"{self.address}, {count}")
             return mest_app if self.is_asgi else mest_app.app
 
     service = Service()

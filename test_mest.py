@@ -2439,7 +2439,7 @@ def test_a_service_without_keys_asks_for_none(route):
         {"type": "string", "minLength": 3}, {"type": ["string"], "maxLength": 0, "maxItems": 0, "maxProperties": 0}]}),
     ({"type": "integer", "max": 10**400}, {"type": "integer"}),
     ({"type": "float", "allowed": [1.0, float("inf"), object]}, {"type": "number", "enum": [1.0]}),
-    ({"type": "string", "regex": r"\-[]a]|a++|\N{BULLET}"}, {"type": "string"}),
+    ({"type": "string", "regex": r"\-[]a]|\N{BULLET}"}, {"type": "string"}),
 ])
 def test_the_rules_of_cerberus_become_json_schema(rules, schema):
     parameters = mest.Parameters({"a": rules}, None, "test")
