@@ -2864,13 +2864,14 @@ def test_a_copy_works_in_a_project_and_in_a_package_of_it(project):
     (project.path / "service/app.py").write_text(packaged)
     relative = APP.replace("from mest import", "from .mest import")
     (project.path / "service/relative.py").write_text(relative)
-    for command, target in [
-        (["mest.py"], "app.py"), (["-m", "service.mest"], "service/app.py"), (["-m", "service.mest"], "service.app"),
-        (["service/mest.py"], "service/relative.py"), (["-m", "service.mest"], "service.relative:mest_app"),
+    package = ["-m", "service.mest"]
+    for server, command, target in [
+        ("dev", ["mest.py"], "app.py"), ("gunicorn", ["mest.py"], "app.py"), ("dev", package, "service/app.py"),
+        ("gunicorn", package, "service.app"), ("dev", ["service/mest.py"], "service/relative.py"),
+        ("gunicorn", package, "service.relative:mest_app"),
     ]:
-        for server in ("dev", "gunicorn"):
-            with project.serve("--app", target, "run", server, command=command, PYTHONPATH="") as running:
-                assert running.ask("/predict", {"x": 3}) [1] == b'{"y":6}\n', (command, target)
+        with project.serve("--app", target, "run", server, command=command, PYTHONPATH="") as running:
+            assert running.ask("/predict", {"x": 3})[1] == b'{"y":6}\n', (command, target)
 
 
 # Serving
