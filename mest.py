@@ -40,7 +40,7 @@ import functools
 import gc
 import hashlib
 import hmac
-import importlib
+import importlib.util
 import inspect
 import ipaddress
 import itertools
@@ -117,11 +117,12 @@ class Problem(MestError, HTTPException):
         self, status: int, detail: str, errors: dict | None = None, headers: dict | None = None,
         **members: Any,
     ):
-        if type(status) is not int or not 400 <= status < 600 or not isinstance(detail, str):
+        is_status = isinstance(status, int) and 400 <= status < 600
+        if not is_status or not isinstance(detail, str):
             given, needed = f"{status!r} and {detail!r}", "an integer from 400 to 599, and text"
             raise TypeError(f"Problem(status, detail) got {given}; needs {needed}")
         HTTPException.__init__(self, detail)
-        self.code, self.headers = status, headers or {}
+        self.code, self.headers = int(status), headers or {}
         self.errors, self.members = errors, members
 
     def get_body(self, environ: Any = None, scope: Any = None) -> str:
@@ -142,19 +143,34 @@ def as_problem(error: BaseException, service: Any, asked: str) -> HTTPException:
 
     What Werkzeug and `flask.abort` raise keeps its status and headers. All else is a defect of the
     service, which has a `logger` and an `app`: it is logged with its traceback and what was asked,
-    and the client is told nothing but the request's id, unless the service `is_in_development`.
+    and the client is told nothing but the request's id, unless the service `is_in_development` and
+    the client is on this machine.
     """
     if not isinstance(error, HTTPException):
         service.logger.error("%s failed: %r", asked, error, exc_info=error)
         flask.got_request_exception.send(service.app, exception=error)
-        if not service.is_in_development:
+        if not service.is_in_development or not is_local_request():
             return Problem(500, FAILED)
-        text = "".join(own_traceback(error))
-        return Problem(500, f"{type(error).__name__}: {error}", traceback=text.splitlines())
+        lines = "".join(own_traceback(error)).splitlines()
+        return Problem(500, lines[-1], traceback=lines)
     if isinstance(error, Problem) or error.response is not None or (error.code or 0) < 400:
         return error
     headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
     return Problem(error.code, error.description, headers=headers)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach what listens at an address."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def is_local_request() -> bool:
+    """Return whether the Flask request is from this machine, and not through a proxy on it."""
+    proxied = {"Forwarded", "X-Forwarded-For", "X-Real-Ip", "Via"}
+    host = re.sub(r":\d+$", "", request.host).strip("[]")
+    return is_loopback(host) and not any(name in request.headers for name in proxied)
 
 
 #: The id of the request that a task of an event loop, or a thread that works for it, is about.
@@ -988,6 +1004,14 @@ def name_of(function: Callable) -> str:
     return f"{name}(){where}, line {source.co_firstlineno}" if source else name
 
 
+def named_arguments(function: Callable) -> dict[str, inspect.Parameter] | None:
+    """Return a function's arguments without *args and **kwargs, or None if it has only these."""
+    arguments = inspect.signature(function).parameters
+    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    named = {name: own for name, own in arguments.items() if own.kind not in variadic}
+    return named if named or not arguments else None
+
+
 def schema_of(function: Callable) -> dict[str, dict]:
     """Return the schema that a function's arguments and their annotations stand for.
 
@@ -996,9 +1020,7 @@ def schema_of(function: Callable) -> dict[str, dict]:
             list[…], dict[str, …], Literal[…], and any of them or None.
     """
     names, schema = getattr(inspect.unwrap(function), "__globals__", {}), {}
-    for name, argument in inspect.signature(function).parameters.items():
-        if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
-            continue
+    for name, argument in (named_arguments(function) or {}).items():
         annotation = argument.annotation
         try:
             if isinstance(annotation, str):
@@ -1025,8 +1047,11 @@ def sure_fields(schema: Mapping, variables: set[str]) -> set[str]:
         if field in variables or own.keys() & {"default", "default_setter"}
         or own.get("required") and "excludes" not in own and field not in excluded
     }
-    for field in [*sure]:  # they would be refused without those that they depend on
-        sure |= {*as_list(schema[field].get("dependencies", []))} & schema.keys()
+    fields = [*sure]
+    for field in fields:  # they would be refused without those that they depend on
+        others = {*as_list(schema[field].get("dependencies", []))} & schema.keys() - sure
+        sure |= others
+        fields += others
     return sure
 
 
@@ -1314,6 +1339,20 @@ def first_stage(model: Any) -> Callable | None:
     return next(filter(None, stages), None)
 
 
+STAGES = "init", "predict", "pre_process", "infer", "infer_batch", "post_process"
+
+
+def is_generic(model: Any) -> bool:
+    """Return whether a model is a GenericModel, and not something that says so in a test."""
+    return issubclass(type(model), GenericModel)
+
+
+def has_late_stage(model: Any, *names: str) -> bool:
+    """Return whether one of these stages is a property, which may need what `init` loads."""
+    late = property, functools.cached_property
+    return any(isinstance(inspect.getattr_static(type(model), n, None), late) for n in names)
+
+
 def check_model(model: GenericModel) -> None:
     """Raise a MestError if a model cannot work."""
     name = type(model).__name__
@@ -1322,14 +1361,16 @@ def check_model(model: GenericModel) -> None:
             raise MestError(f"{option} of {name} is {count!r}; it must be an integer of 1 or more")
     if not isinstance(seconds := model.batch_timeout, (int, float)) or seconds < 0:
         raise MestError(f"batch_timeout of {name} is {seconds!r}; it must be seconds, 0 or more")
-    for stage in ("init", "predict", "pre_process", "infer", "infer_batch", "post_process"):
-        if not (own := own_stage(model, stage)):
+    for stage in STAGES:
+        if has_late_stage(model, stage) or not (own := own_stage(model, stage)):
             continue
         if inspect.iscoroutinefunction(own):
             raise MestError(f"{name_of(own)}, is async; models run in threads: write def {stage}")
-        if inspect.ismethod(own) and isinstance(own.__self__, GenericModel):
-            first = next(iter(inspect.signature(own.__func__).parameters.values()), None)
-            if not first or first.annotation is not first.empty and first.name != "self":
+        if inspect.ismethod(own) and is_generic(own.__self__):
+            arguments = inspect.signature(own.__func__, follow_wrapped=False).parameters.values()
+            first = next(iter(arguments), None)
+            known = {*PYTHON_TYPES, *(kind.__name__ for kind in PYTHON_TYPES)}
+            if not first or first.kind is first.KEYWORD_ONLY or first.annotation in [*known]:
                 raise MestError(f"{name_of(own)}, has no self; write def {stage}(self, …)")
 
 
@@ -1352,7 +1393,8 @@ def results_of(model: GenericModel, payloads: list) -> list:
         results = model.infer_batch(list(payloads))
         results = results.to_numpy() if hasattr(results, "to_numpy") else results
         what, count = f"a {type(results).__name__}", len(payloads)
-        if isinstance(results, Iterable) and not isinstance(results, (Mapping, str, bytes)):
+        is_sequence = isinstance(results, Iterable) or hasattr(results, "__getitem__")
+        if is_sequence and not isinstance(results, (Mapping, str, bytes)):
             results = list(results)
             if len(results) == count:
                 return results
@@ -1736,6 +1778,16 @@ class Prediction:
         self.require_model()
         return encode(self.model.predict(**params))
 
+    def require_stages(self) -> bool:
+        """Return whether the model's stages are known, or raise a MestError if it has too few."""
+        model, name = self.model, type(self.model).__name__
+        if has_late_stage(model, *STAGES):
+            return False
+        enough = any(own_stage(model, stage) for stage in ("predict", "infer", "infer_batch"))
+        if not enough and model.is_loaded:  # until then, init may add some
+            raise MestError(f"the model {name} has neither infer() nor infer_batch()")
+        return enough
+
     def require_model(self) -> None:
         if not getattr(self.model, "is_loaded", True):
             raise MestError(f"{self.model!r} is not loaded; call mest_app.setup()")
@@ -1834,16 +1886,14 @@ class Router:
         if isinstance(model, type) or not callable(getattr(model, "predict", None)):
             cure = "it must be an object with predict(), an instance and not a class"
             raise MestError(f"{owner} has the model {model!r}; {cure}")
-        if isinstance(model, GenericModel):
+        if is_generic(model):
             check_model(model)
-            stages = "predict", "infer", "infer_batch"
-            if not any(own_stage(model, name) for name in stages):
-                name = type(model).__name__
-                raise MestError(f"{owner}: {name} has neither infer() nor infer_batch()")
         if schema is None:
-            if not (first := first_stage(model)):
-                raise MestError(f"{owner} has no schema, and infer_batch() tells nothing about it")
-            schema = schema_of(first)
+            stages = [own_stage(model, name) for name in ("predict", "pre_process", "infer")]
+            telling = [one for one in stages if one and named_arguments(one) is not None]
+            if not telling:
+                raise MestError(f"{owner} has no schema, and no stage of the model tells of one")
+            schema = schema_of(telling[0])
         self._add_own(url, method, Prediction(model, Parameters(schema, example, owner)))
 
     def add_ping_route(self, url: str = "/ping", method: str = "GET") -> None:
@@ -1891,27 +1941,35 @@ class Router:
                 raise MestError(f"{clash} is a route already, {owner}")
         registration.add_url_rule(url, view_func=view, **options)
         handler, mest_app = view.__wrapped__, registration.app.extensions.get("mest")
-        if mest_app and isinstance(getattr(handler, "model", None), GenericModel):
+        if mest_app and isinstance(handler, Prediction):
             mest_app.adopt(handler.model)
 
 
 def check_routes(app: flask.Flask) -> None:
     """Raise a MestError if requests to a route would fail for what its handler can take."""
+    hooks = {*itertools.chain(*app.before_request_funcs.values())} - {begin_request}
+    hooks |= {*itertools.chain(*app.url_value_preprocessors.values())}
     for rule, view in views_of(app):
         handler = handler_of(app, rule)
         # Others than Mest's own views, and hooks, may change what a handler is given.
-        if getattr(view, "itself", None) is not view or any(app.url_value_preprocessors.values()):
+        if getattr(view, "itself", None) is not view or hooks or rule.redirect_to is not None:
             continue
-        function, schema = handler, {}
-        parameters, inner = parameters_of(handler), getattr(handler, "__wrapped__", None)
-        if isinstance(handler, Prediction):
-            function, schema = first_stage(handler.model), parameters.schema
-        elif parameters and not parameters_of(inner):  # or else it is decorated once more
-            function, schema = inner, parameters.schema
         try:
-            check_fit(function, schema, rule.arguments) if function else None
+            check_handler(handler, rule.arguments)
         except MestError as error:
             raise MestError(f"the route {rule.rule}: {error}") from None
+
+
+def check_handler(handler: Any, variables: set[str]) -> None:
+    """Raise a MestError if a handler cannot take what it would be given."""
+    parameters, inner = parameters_of(handler), getattr(handler, "__wrapped__", None)
+    if isinstance(handler, Prediction):
+        if handler.require_stages() and (first := first_stage(handler.model)):
+            check_fit(first, parameters.schema, variables)
+    elif parameters and not parameters_of(inner):  # or else it is decorated once more
+        check_fit(inner, parameters.schema, variables)
+    else:
+        check_fit(handler, {}, variables)
 
 
 #: A variable in an url of Flask's, such as <int:user>.
@@ -2731,13 +2789,6 @@ openapi_json.needs_key = docs.needs_key = False
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach what listens at an address."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
 def cure_of(error: BaseException, directory: str) -> str:
     """Return what to do when a model's `init` has failed, if that can be told."""
     if isinstance(error, ImportError):
@@ -2773,6 +2824,8 @@ class Mest:
             raise MestError(f"Mest was given {config!r}; it must be {needed}")
         if not isinstance(app, (flask.Flask, type(None))):
             raise MestError(f"Mest was given the application {app!r}; it must be a flask.Flask")
+        if app and "mest" in app.extensions:
+            raise MestError("the Flask application has a Mest already; add routers to that")
         self.config = config
         self.logger = logging.getLogger(config.service_name) if app else set_up_logging(config)
         self.app = app or self._flask()
@@ -2799,11 +2852,13 @@ class Mest:
         if config.docs:
             self.docs._add_own("docs", "GET", docs)
             self.docs._add_own("openapi.json", "GET", openapi_json)
-        if self.app.extensions.setdefault("mest", self) is not self:
-            raise MestError("the Flask application has a Mest already; add routers to that")
+        self.app.extensions.setdefault("mest", self)
         if not app:
             self.register_router("/", self.probes)
             self.register_router("/", self.docs)
+        for rule, _ in views_of(self.app):  # of blueprints that were there before
+            if isinstance(handler := handler_of(self.app, rule), Prediction):
+                self.adopt(handler.model)
 
     @functools.cached_property
     def router(self) -> Router:
@@ -2830,8 +2885,10 @@ class Mest:
             text = f"There is nothing at {request.path}."
             if isinstance(error, MethodNotAllowed):
                 methods = sorted(set(error.valid_methods or ()) - FLASK_METHODS)
-                text = f"{request.path} takes {' or '.join(methods)}, not {request.method}."
-            elif close := get_close_matches(request.path, map(str, self.app.url_map.iter_rules())):
+                instead = " or ".join(methods) or "OPTIONS"
+                text = f"{request.path} takes {instead}, not {request.method}."
+            rules = map(str, self.app.url_map.iter_rules() if self.config.docs else ())
+            if error.code == 404 and (close := get_close_matches(request.path, rules)):
                 text += f" Did you mean {close[0]}?"
             error.description = text + (" /docs shows what there is." if self.config.docs else "")
         problem = as_problem(error, self, f"{request.method} {request.path}")
@@ -2916,9 +2973,11 @@ class Mest:
 
     def adopt(self, model: Any) -> None:
         """Take care of a model of the configuration, or of a predict route."""
-        if not hasattr(model, "init") or any(model is other for other in self.models):
+        given = any(model is other for other in self.config.models_instances)
+        known = any(model is other for other in self.models)
+        if known or not given and not is_generic(model):
             return
-        if isinstance(model, GenericModel):
+        if is_generic(model):
             check_model(model)
         self.models.append(model)
         self.share_metrics(self.metrics)
@@ -2930,6 +2989,9 @@ class Mest:
         check_routes(self.app)
         directory = self.config.local_model_directory_path
         for model, name in self._labelled():
+            by_hand = is_generic(model) and vars(model).get("model") is not None
+            if by_hand and not any(model is other for other in self.config.models_instances):
+                self._loaded.setdefault(id(model), 0.0)
             if id(model) in self._loaded:
                 continue
             started = time.perf_counter()
@@ -2945,6 +3007,7 @@ class Mest:
             self.logger.info("model %s loaded in %.3f s", name, seconds)
             if isinstance(model, GenericModel):
                 self._doubt(model, name, returned)
+        check_routes(self.app)
 
     def _doubt(self, model: GenericModel, name: str, returned: Any) -> None:
         """Warn of what is probably a mistake in a model that has been loaded."""
@@ -3475,7 +3538,9 @@ def run_dev(args: argparse.Namespace) -> int:
         app, config = mest_app.app, mest_app.config
         host, port, app.debug = config.listen_host or "127.0.0.1", config.listen_port, args.debug
         directory = Path(config.local_model_directory_path)
-        files += [module.__file__, *map(str, itertools.islice(directory.rglob("*"), 1000))]
+        found = map(str, itertools.islice(directory.rglob("*"), 1000))
+        written = re.compile(r"/\.|cache|\.(lock|log|db|sqlite)")  # as it may be by the model
+        files += [module.__file__, *(path for path in found if not written.search(path))]
         if child or not watch:  # the reloader's parent serves nothing
             mest_app.load_models()
     except MestError as error:
@@ -3591,8 +3656,12 @@ def summary(mest_app: Mest, names: Mapping[str, Any]) -> str:
 def run_test(args: argparse.Namespace) -> int:
     """send each example to the application, if there is one, and run pytest with its arguments"""
     Mest._run_by_command = True
-    has_app = hasattr(args, "app") or "MEST_APP" in os.environ or os.path.isfile("app.py")
+    has_app = hasattr(args, "app") or "MEST_APP" in os.environ
+    if not has_app and os.path.isfile("app.py"):
+        has_app = b"mest" in Path("app.py").read_bytes()  # or else it is another application
     failed = in_child(lambda: send_examples(load_app(args)[0])) if has_app else 0
+    if has_app and not args.arguments and not importlib.util.find_spec("pytest"):
+        return failed
     pytest = need("pytest")
     sys.path.insert(0, os.getcwd())
     code = int(pytest.main(args.arguments))
@@ -3659,8 +3728,11 @@ def examples(mest_app: Mest) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for method in sorted(rule.methods - FLASK_METHODS):
             if method not in BODY_METHODS:
                 yield method, url, {"query_string": rest}
+            elif files:  # forms cannot say null
+                sent = {name: value for name, value in rest.items() if value is not None}
+                yield method, url, {"data": {**sent, **files}}
             else:
-                yield method, url, {"data": {**rest, **files}} if files else {"json": rest}
+                yield method, url, {"json": rest}
 
 
 def file_of(name: str, value: Any) -> list:

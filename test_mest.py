@@ -23,6 +23,7 @@ import threading
 import time
 import timeit
 import types
+import unittest.mock
 import uuid
 import warnings
 import zipfile
@@ -3540,7 +3541,7 @@ def double(x):
      "make it required, or give it a default$"),
     ("(doubler, X)", "(doubler)", r"\S+, line 13: x of Doubler.infer\(\) in app\d+.py, line 8 has no annotation; it may be "
      "bool, int, float, .*, or give a schema$"),
-    ("def infer(", "def inferr(", r"\S+, line 13: the predict route '/predict' of router 'v1': Doubler has neither infer\(\) "
+    ("def infer(", "def inferr(", r"the route /predict: the model Doubler has neither infer\(\) "
      r"nor infer_batch\(\)$"),
     ("(doubler, X)", "(Doubler, X)", r"\S+, line 13: .* has the model <class 'app\d+.Doubler'>; it must be an object with "
      r"predict\(\), an instance and not a class$"),
@@ -3586,6 +3587,88 @@ def test_a_mistake_at_the_start_is_one_line_that_names_the_cure(before, after, m
 COUNT = itertools.count()
 
 
+class Late(GenericModel):
+    def init(self, directory_path):
+        self.model = {"f": lambda x: {"late": x}}
+
+    @property
+    def infer(self):
+        return self.model["f"]
+
+
+class Wrapped(GenericModel):
+    def plain(function):
+        def wrapper(*args: object, **kwargs: object):
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    @plain
+    def infer(this, x: float):
+        return x
+
+
+def test_a_stage_may_be_what_init_loads(router):
+    class Assigned(GenericModel):
+        def init(self, directory_path):
+            self.infer = lambda x: {"assigned": x}
+
+    router.add_predict_route(Late(), X), router.add_predict_route(Assigned(), X, url="/assigned")
+    client = checked(router).setup().app.test_client()
+    assert client.post("/predict", json={"x": 1}).json == {"late": 1}
+    assert client.post("/assigned", json={"x": 1}).json == {"assigned": 1}
+
+
+def test_a_stage_that_takes_anything_leaves_the_schema_to_the_next(router):
+    class Logging(Typed):
+        def predict(self, **params):
+            return super().predict(**params)
+
+    router.add_predict_route(Logging())
+    assert checked(router).setup().app.test_client().post("/predict", json={"x": 1}).json == [1, [], None]
+
+
+def test_a_model_that_has_been_loaded_by_hand_is_not_loaded_again(router):
+    class Once(Doubler):
+        def init(self, directory_path):
+            assert directory_path == "mine"
+            super().init(directory_path)
+
+    model = Once()
+    model.init("mine")
+    router.add_predict_route(model, X)
+    app = checked(router).setup().app
+    assert app.test_client().post("/predict", json={"x": 1}).json == {"y": 2}
+    assert app.test_client().get("/readyz").status_code == 200
+
+
+def test_the_model_of_a_blueprint_that_was_there_before_is_loaded_too(router):
+    app = flask.Flask("host")
+    router.add_predict_route(Doubler(), X)
+    app.register_blueprint(router.blueprint)
+    make(app).setup()
+    assert app.test_client().post("/predict", json={"x": 1}).json == {"y": 2}
+
+
+def test_tracebacks_are_for_clients_on_this_machine_alone(route, router):
+    mest_app = make()
+    router.route("fail")(lambda: 1 / 0)
+    mest_app.register_router("/", router)
+    mest_app.is_in_development = True
+    client = mest_app.app.test_client()
+    assert client.post("/fail").json["detail"] == "ZeroDivisionError: division by zero"
+    for headers in ({"Host": "shop.example"}, {"X-Forwarded-For": "8.8.8.8"}, {"Via": "1.1 a"}, {"Host": "127.evil.com:80"}):
+        assert client.post("/fail", headers=headers).json["detail"] == mest.FAILED
+    assert client.post("/fail", headers={"Host": "[::1]:8000"}).json["traceback"][-1].startswith("ZeroDivisionError")
+
+
+def test_a_status_of_the_standard_library_is_a_status(route):
+    def handler():
+        raise Problem(http.HTTPStatus.CONFLICT, "no")
+
+    assert route(handler)().json["status"] == 409
+
+
 def checked(router, **fields):
     mest_app = make(**fields)
     mest_app.register_router("/", router)
@@ -3626,16 +3709,22 @@ def test_what_handlers_can_take_is_not_refused(router):
     router.route("/j", endpoint="j")(injected(validate_params(X)(lambda user, x: x)))
     router.route("/k", endpoint="k")(validate_params(X)(injected(lambda user, x: x)))
     router.route("/l/<n>", endpoint="l")(validate_params({"n": {"rename": "m"}})(lambda m: m))
+    router.route("/i2", endpoint="i2")(validate_params({"a": {**sure, "dependencies": "b"}, "b": {"dependencies": ["c"]}, "c": {}})(
+        lambda a, b, c: a))
+    router.route("/old/<x>", endpoint="old", redirect_to="/a")(lambda: 1)
+    router.add_predict_route(Late(), X, url="/late"), router.add_predict_route(Wrapped(), X, url="/wrapped")
+    router.add_predict_route(unittest.mock.create_autospec(Doubler, instance=True), X, url="/mock")
     router.route("/m/<n>", endpoint="o", defaults={"p": 1})(validate_params(X)(lambda n, p, x: x))
     app = checked(router).app
     assert app.test_client().post("/j", json={"x": 3}).json == 3
 
 
-def test_a_hook_of_the_host_may_change_what_handlers_are_given(router):
+@pytest.mark.parametrize("kind", ["url_value_preprocessor", "before_request"])
+def test_a_hook_of_the_host_may_change_what_handlers_are_given(router, kind):
     app = flask.Flask("host")
     make(app).register_router("/<lang>", router)
     router.route("hi", method="GET")(lambda: "hi")
-    app.url_value_preprocessor(lambda endpoint, values: values.pop("lang", None))
+    getattr(app, kind)(lambda *given: flask.request.view_args.pop("lang", None) and None)
     mest.check_routes(app)
     assert app.test_client().get("/en/hi").text == "hi"
 
@@ -3954,7 +4043,7 @@ def test_mest_test_first_sends_each_example(project):
 
 
 def test_mest_test_says_why_the_application_cannot_be_tested_and_goes_on(project):
-    project.write(app=BROKEN, test_it="import sys\ndef test_that(): assert 'app' not in sys.modules\n")
+    project.write(app="import mest\n" + BROKEN, test_it="import sys\ndef test_that(): assert 'app' not in sys.modules\n")
     done = project.mest("test")
     assert done.returncode == 1 and "1 passed" in done.stdout
     assert "mest: app.py cannot be imported: ModuleNotFoundError" in done.stderr
@@ -4019,7 +4108,7 @@ def test_a_stage_before_infer_gives_the_schema(router):
     router.add_predict_route(Model())
     client = client_of(router)
     assert client.post("/predict", json={"x": 3}).json["errors"] == {"text": ["required field"], "x": ["unknown field"]}
-    with pytest.raises(MestError, match="has no schema, and infer_batch.. tells nothing about it"):
+    with pytest.raises(MestError, match="has no schema, and no stage of the model tells of one"):
         router.add_predict_route(Batched(), url="/b")
 
 
