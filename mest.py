@@ -3878,7 +3878,7 @@ const isFile = schema => (schema.items || schema).format === "binary";
 // What a schema allows, in words.
 function kind(schema) {
   const choices = schema.anyOf || schema.oneOf, items = schema.prefixItems;
-  let text = (choices && !schema.type ? choices.map(kind) : list(schema.type)).join(" or ");
+  let text = (choices ? choices.map(kind) : list(schema.type)).join(" or ");
   if (isFile(schema)) text = text.replace("string", "file");
   else if (schema.format) text += ` (${schema.format})`;
   if (items) text += ` of ${items.length}: ${[...new Set(items.map(kind))].join("; ")}`;
@@ -3959,8 +3959,8 @@ function route(path, method, operation, server, key) {
       cell.append(row.input);
     }
     const name = make("th", { scope: "row" }, make("code", { textContent: row.name }));
-    name.append(row.required ? " *" : "");
-    const about = [kind(row.schema), row.schema.description].filter(Boolean).join(": ");
+    const what = row.required ? `${kind(row.schema)}, required` : kind(row.schema);
+    const about = [what, row.schema.description].filter(Boolean).join(": ");
     cell.append(error);
     table.append(make("tr", {}, name, make("td", { textContent: about }), cell));
     fields.push({ ...row, error });
