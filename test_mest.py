@@ -3360,7 +3360,8 @@ def test_a_client_that_leaves_is_forgotten(slow):
         until(lambda: metric(server, "mest_queue_length") == 4)
         [connection.close() for connection in gone]
         assert held()[0] == 200 and server.ask("/predict", {"x": 1})[0] == 200
-        assert "batch [1]" in server.output.splitlines()[-1] and "7" not in re.findall("batch (.*)", server.output)
+        server.wait_for(r"batch .1\b")
+        assert re.findall("batch (.*)", server.output) == ["[0]", "[1]"]
         assert "rror" not in server.output
 
 
