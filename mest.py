@@ -1067,10 +1067,11 @@ def check_fit(function: Callable, schema: Mapping, variables: set[str]) -> None:
     rules = {field: resolved(own) for field, own in schema.items()}
     if any("rename_handler" in own for own in rules.values()):
         return
-    sure = {rules[field].get("rename", field) for field in sure_fields(rules, variables)}
+    certain = sure_fields(rules, variables)
+    sure = {rules[field].get("rename", field) for field in certain}
     names = {
         own.get("rename", field) for field, own in rules.items()
-        if not own.get("readonly") or field in sure_fields(rules, variables)
+        if not own.get("readonly") or field in certain
     }
     given = names | variables - rules.keys()
     taken = {a.name for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)}
@@ -1339,6 +1340,7 @@ def first_stage(model: Any) -> Callable | None:
     return next(filter(None, stages), None)
 
 
+#: The methods of a GenericModel that a user may write.
 STAGES = "init", "predict", "pre_process", "infer", "infer_batch", "post_process"
 
 
@@ -1351,6 +1353,14 @@ def has_late_stage(model: Any, *names: str) -> bool:
     """Return whether one of these stages is a property, which may need what `init` loads."""
     late = property, functools.cached_property
     return any(isinstance(inspect.getattr_static(type(model), n, None), late) for n in names)
+
+
+def lacks_self(function: Callable) -> bool:
+    """Return whether a method's first argument is none, or one that is plainly a parameter."""
+    arguments = inspect.signature(function, follow_wrapped=False).parameters.values()
+    first = next(iter(arguments), None)
+    kinds = [*PYTHON_TYPES, *(kind.__name__ for kind in PYTHON_TYPES)]  # annotations may be text
+    return not first or first.kind is first.KEYWORD_ONLY or first.annotation in kinds
 
 
 def check_model(model: GenericModel) -> None:
@@ -1366,12 +1376,8 @@ def check_model(model: GenericModel) -> None:
             continue
         if inspect.iscoroutinefunction(own):
             raise MestError(f"{name_of(own)}, is async; models run in threads: write def {stage}")
-        if inspect.ismethod(own) and is_generic(own.__self__):
-            arguments = inspect.signature(own.__func__, follow_wrapped=False).parameters.values()
-            first = next(iter(arguments), None)
-            known = {*PYTHON_TYPES, *(kind.__name__ for kind in PYTHON_TYPES)}
-            if not first or first.kind is first.KEYWORD_ONLY or first.annotation in [*known]:
-                raise MestError(f"{name_of(own)}, has no self; write def {stage}(self, …)")
+        if inspect.ismethod(own) and is_generic(own.__self__) and lacks_self(own.__func__):
+            raise MestError(f"{name_of(own)}, has no self; write def {stage}(self, …)")
 
 
 def pass_on(value: Any, stage: Callable) -> Any:
@@ -2789,6 +2795,11 @@ openapi_json.needs_key = docs.needs_key = False
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
 
 
+def is_among(models: Iterable, model: Any) -> bool:
+    """Return whether a model itself is among these, whatever it may be equal to."""
+    return any(model is other for other in models)
+
+
 def cure_of(error: BaseException, directory: str) -> str:
     """Return what to do when a model's `init` has failed, if that can be told."""
     if isinstance(error, ImportError):
@@ -2845,13 +2856,7 @@ class Mest:
         #: /livez, /readyz and /metrics, and /docs and /openapi.json. An application that Mest lives
         #: in may register them.
         self.probes, self.docs = Router("mest"), Router("mest_docs")
-        self.probes._add_own("livez", "GET", Probe(self.livez))
-        self.probes._add_own("readyz", "GET", Probe(self.readyz))
-        metrics = Probe(self.metrics_text, config.protect_metrics, "text/plain")
-        self.probes._add_own("metrics", "GET", metrics)
-        if config.docs:
-            self.docs._add_own("docs", "GET", docs)
-            self.docs._add_own("openapi.json", "GET", openapi_json)
+        self._declare_own()
         self.app.extensions.setdefault("mest", self)
         if not app:
             self.register_router("/", self.probes)
@@ -2859,6 +2864,15 @@ class Mest:
         for rule, _ in views_of(self.app):  # of blueprints that were there before
             if isinstance(handler := handler_of(self.app, rule), Prediction):
                 self.adopt(handler.model)
+
+    def _declare_own(self) -> None:
+        metrics = Probe(self.metrics_text, self.config.protect_metrics, "text/plain")
+        self.probes._add_own("livez", "GET", Probe(self.livez))
+        self.probes._add_own("readyz", "GET", Probe(self.readyz))
+        self.probes._add_own("metrics", "GET", metrics)
+        if self.config.docs:
+            self.docs._add_own("docs", "GET", docs)
+            self.docs._add_own("openapi.json", "GET", openapi_json)
 
     @functools.cached_property
     def router(self) -> Router:
@@ -2898,7 +2912,7 @@ class Mest:
         """Count there from now on, and tell the models so, and what their limits are."""
         self.metrics = metrics
         for model, label in self._labelled():
-            if isinstance(model, GenericModel):
+            if is_generic(model):
                 model._limits = self.config.max_queued_requests, self.config.request_timeout
                 model._metrics = metrics, label
 
@@ -2929,7 +2943,7 @@ class Mest:
         """
         limit = self.config.liveness_timeout
         for model, name in self._labelled():
-            if limit and isinstance(model, GenericModel) and model._turns.busy_for() > limit:
+            if limit and is_generic(model) and model._turns.busy_for() > limit:
                 stuck = f"{name} has been in one call for more than {limit} s"
                 raise Problem(503, f"The model {stuck}.")
         return encode({"status": "alive"})
@@ -2973,10 +2987,10 @@ class Mest:
 
     def adopt(self, model: Any) -> None:
         """Take care of a model of the configuration, or of a predict route."""
-        given = any(model is other for other in self.config.models_instances)
-        known = any(model is other for other in self.models)
-        if known or not given and not is_generic(model):
+        if is_among(self.models, model):
             return
+        if not is_generic(model) and not is_among(self.config.models_instances, model):
+            return  # nothing is known of how to load it
         if is_generic(model):
             check_model(model)
         self.models.append(model)
@@ -2990,7 +3004,7 @@ class Mest:
         directory = self.config.local_model_directory_path
         for model, name in self._labelled():
             by_hand = is_generic(model) and vars(model).get("model") is not None
-            if by_hand and not any(model is other for other in self.config.models_instances):
+            if by_hand and not is_among(self.config.models_instances, model):
                 self._loaded.setdefault(id(model), 0.0)
             if id(model) in self._loaded:
                 continue
@@ -3000,14 +3014,13 @@ class Mest:
             except (Exception, SystemExit) as error:
                 reason = f"model {name} could not be loaded: {type(error).__name__}: {error}"
                 raise MestError(reason + cure_of(error, directory)) from error
-            if isinstance(model, GenericModel):
-                model._initialised = True
             seconds = self._loaded[id(model)] = time.perf_counter() - started
             self.metrics.set(seconds, "mest_model_load_seconds", name)
             self.logger.info("model %s loaded in %.3f s", name, seconds)
-            if isinstance(model, GenericModel):
+            if is_generic(model):
+                model._initialised = True
                 self._doubt(model, name, returned)
-        check_routes(self.app)
+        check_routes(self.app)  # once more, since init may make stages
 
     def _doubt(self, model: GenericModel, name: str, returned: Any) -> None:
         """Warn of what is probably a mistake in a model that has been loaded."""
@@ -3030,7 +3043,7 @@ class Mest:
             return
         self._is_warm = True
         for model in self.models:
-            if isinstance(model, GenericModel):  # the first call may take as long as it needs
+            if is_generic(model):  # the first call may take as long as it needs
                 model._limits = self.config.max_queued_requests, None
         for rule, _ in views_of(self.app):
             prediction = handler_of(self.app, rule)
@@ -3529,18 +3542,22 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def files_of_models(directory: str) -> list[str]:
+    """Return the files of models, 1000 at most, without those that a model may write itself."""
+    found = map(str, itertools.islice(Path(directory).rglob("*"), 1000))
+    written = re.compile(r"/\.|cache|\.(lock|log|db|sqlite)")
+    return [path for path in found if not written.search(path)]
+
+
 def run_dev(args: argparse.Namespace) -> int:
     """serve on this machine with Flask's server, reloading what changes"""
     watch, child, files = not args.no_reload, is_running_from_reloader(), []
     options = {"use_reloader": watch, "use_debugger": args.debug, "extra_files": files}
     try:
         mest_app, module = load_app(args)
-        app, config = mest_app.app, mest_app.config
-        host, port, app.debug = config.listen_host or "127.0.0.1", config.listen_port, args.debug
-        directory = Path(config.local_model_directory_path)
-        found = map(str, itertools.islice(directory.rglob("*"), 1000))
-        written = re.compile(r"/\.|cache|\.(lock|log|db|sqlite)")  # as it may be by the model
-        files += [module.__file__, *(path for path in found if not written.search(path))]
+        config, mest_app.app.debug = mest_app.config, args.debug
+        host, port = config.listen_host or "127.0.0.1", config.listen_port
+        files += [module.__file__, *files_of_models(config.local_model_directory_path)]
         if child or not watch:  # the reloader's parent serves nothing
             mest_app.load_models()
     except MestError as error:
