@@ -3,6 +3,7 @@
     mest --app example_app.py run dev
 """
 import math
+import operator
 
 from mest import GenericModel, Mest, MestConfig, Router, validate_params
 
@@ -24,7 +25,7 @@ class Iris(GenericModel):
     def infer(self, flower):
         measures = (*flower, 1)
         return {
-            species: sum(weight * measure for weight, measure in zip(weights, measures))
+            species: sum(map(operator.mul, weights, measures))
             for species, weights in self.model.items()
         }
 
@@ -32,7 +33,7 @@ class Iris(GenericModel):
         highest = max(scores.values())
         odds = {species: math.exp(score - highest) for species, score in scores.items()}
         probabilities = {species: round(odds[species] / sum(odds.values()), 4) for species in odds}
-        return {"species": max(odds, key=odds.get), "probabilities": probabilities}
+        return {"species": max(odds, key=odds.__getitem__), "probabilities": probabilities}
 
 
 iris = Iris()
