@@ -613,12 +613,15 @@ def value_check(rules):
     checked = next((checked for kinds, checked in CHECKED if types <= kinds), set())
     if others - checked or len(others - TESTS.keys()) > 1:
         raise UncheckableError
-    check_within = None
+    check_within: Callable | None = None
     if "items" in others:
         check_within = tuple_check(rules["items"])
     elif "valuesrules" in others:
         check_values = list_check(rules["valuesrules"])
-        check_within = lambda value, defaults: check_values([*value.values()], defaults)  # noqa: E731
+
+        def check_within(value, defaults):
+            return check_values([*value.values()], defaults)
+
     elif "schema" in others:
         check_within = (dict_check if types == {dict} else list_check)(rules["schema"])
     elif types <= NUMBERS:
@@ -2375,12 +2378,12 @@ def raise_file_limit(connections):
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = connections + 100  # files of the process and the model
+    spare = 200  # for files of the model, and for connections that are accepted at once
     with contextlib.suppress(ValueError, OSError):
-        if resource.RLIM_INFINITY not in (soft, hard) and soft < min(needed, hard):
+        if resource.RLIM_INFINITY not in (soft, hard) and soft < min(connections + spare, hard):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
-    return connections if soft == resource.RLIM_INFINITY else max(1, min(connections, soft - 100))
+    return connections if soft == resource.RLIM_INFINITY else max(1, min(connections, soft - spare))
 
 
 def worker_for(service):

@@ -41,7 +41,7 @@ from werkzeug.exceptions import Gone, HTTPException
 import mest
 from mest import GenericModel, Mest, MestConfig, MestError, Problem, Router, validate_params
 
-HERE = Path(mest.__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
 JSON = {"Content-Type": "application/json"}
 LISTENS = r"(?:Running on|serves on) (?:http://)?[^\s:]+:(\d+)\b"
 PATIENCE = 30  # seconds, for whatever is waited for
@@ -2434,8 +2434,15 @@ def test_a_second_sigterm_does_not_skip_the_drain_and_sigint_does(slow):
             os.killpg(server.process.pid, signal.SIGTERM)
             server.wait_for("stops in 600 s")
         assert server.ask("/predict", {"x": 1})[0] == 200
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(10) == 0
+
+        def interrupt():  # which gunicorn's master heeds once it is stopping
+            server.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.process.wait(2)
+            return server.process.returncode is not None
+
+        wait_until(interrupt)
+        assert server.process.returncode == 0
 
 
 def test_a_rolling_restart_of_two_instances_loses_no_request(slow):
@@ -2478,7 +2485,7 @@ os.execv(sys.executable, [sys.executable, "-m", "mest", *sys.argv[1:]])
 """
 
 
-@pytest.mark.parametrize("hard, count", [(4096, 400), (256, 400), (256, 100)])
+@pytest.mark.parametrize("hard, count", [(4096, 400), (256, 400), (400, 100)])
 def test_connections_beyond_the_limit_of_open_files_write_no_flood_of_lines(project, hard, count):
     project.write(app=LAB)
     with project.serve("run", "gunicorn", command=("-c", LIMITED.format(hard))) as server:
