@@ -2409,7 +2409,7 @@ def worker_for(service):
 
     class Worker(gasgi.ASGIWorker):
         def init_process(self):
-            self.connections = set()
+            self.connections, self.explained = set(), 0.0
             self.worker_connections = raise_file_limit(self.cfg.worker_connections)
             gasgi.ASGIProtocol = Connection
             super().init_process()
@@ -2421,7 +2421,15 @@ def worker_for(service):
         def run(self):
             super().init_signals()
             hear_signals_apart()
+            self.loop.set_exception_handler(self.explain)
             super().run()
+
+        def explain(self, loop, context):  # asyncio has a line for each connection it must refuse
+            if "out of system resource" not in context["message"]:
+                loop.default_exception_handler(context)
+            elif time.monotonic() - self.explained > 1:
+                self.explained = time.monotonic()
+                service.logger.error("too many files are open: connections have to wait")
 
         def notify(self):  # every second
             super().notify()
