@@ -2386,10 +2386,9 @@ def raise_file_limit(connections):
     return connections if soft == resource.RLIM_INFINITY else max(1, min(connections, soft - spare))
 
 
-def worker_for(service):
-    """Return gunicorn's class of ASGI workers, with a drain, and an end to idle connections."""
+def connection_class():
+    """Return gunicorn's class of connections, which the worker knows and may refuse."""
     from gunicorn.asgi.protocol import ASGIProtocol
-    from gunicorn.workers import gasgi
 
     class Connection(ASGIProtocol):
         def connection_made(self, transport):
@@ -2407,11 +2406,27 @@ def worker_for(service):
             super().connection_lost(error)
             self.worker.connections.discard(self)
 
+    return Connection
+
+
+def close_idle(connections, seconds):
+    """Close connections without a request for so long, those too that never sent a whole one."""
+    for connection in [*connections]:
+        if getattr(connection, "_current_request", None):
+            connection.used = time.monotonic()
+        elif time.monotonic() - connection.used >= seconds:
+            connection.transport.close()
+
+
+def worker_for(service):
+    """Return gunicorn's class of ASGI workers, with a drain, and an end to idle connections."""
+    from gunicorn.workers import gasgi
+
     class Worker(gasgi.ASGIWorker):
         def init_process(self):
             self.connections, self.explained = set(), 0.0
             self.worker_connections = raise_file_limit(self.cfg.worker_connections)
-            gasgi.ASGIProtocol = Connection
+            gasgi.ASGIProtocol = connection_class()
             super().init_process()
 
         def init_signals(self):  # while the models load, they end the worker at once
@@ -2433,14 +2448,7 @@ def worker_for(service):
 
         def notify(self):  # every second
             super().notify()
-            self.close_idle(self.cfg.keepalive)  # those, too, that never sent a whole request
-
-        def close_idle(self, seconds):
-            for connection in [*self.connections]:
-                if getattr(connection, "_current_request", None):
-                    connection.used = time.monotonic()
-                elif time.monotonic() - connection.used >= seconds:
-                    connection.transport.close()
+            close_idle(self.connections, self.cfg.keepalive)
 
         def handle_exit_signal(self):  # SIGTERM, which a process group may get twice
             if not service.draining:
@@ -2452,7 +2460,7 @@ def worker_for(service):
             self.cfg.set("graceful_timeout", service.config.graceful_timeout)
             super().handle_exit_signal()
             for seconds in (1, 1.5, 2):  # gunicorn would wait for idle connections, too
-                self.loop.call_later(seconds, self.close_idle, 0)
+                self.loop.call_later(seconds, close_idle, self.connections, 0)
 
     return Worker
 
@@ -2530,7 +2538,7 @@ def gunicorn_for(service, bind, options):
             routes = ", ".join(" ".join(route) for route in service.direct_routes())
             text = "serves on %s; without Flask: %s"
             service.logger.info(text, ", ".join(self.cfg.bind), routes or "nothing")
-            is_asgi = hasattr(self.cfg.worker_class, "close_idle")
+            is_asgi = hasattr(self.cfg.worker_class, "finish")
             return service if is_asgi else service.app
 
     return Service()

@@ -2613,8 +2613,8 @@ def test_processes_that_a_model_starts_behave_as_in_a_script(lab, source, result
 def test_a_process_that_fails_is_explained_by_the_log(lab):
     status, _, headers = lab.ask("/run", {"source": SHELL.format("exit 7", True)})
     assert status == 500
-    lab.wait_for(headers["X-Request-Id"] + ".*\n")
-    (line, _) = lines_of(lab, headers["X-Request-Id"])
+    wait_until(lambda: len(lines_of(lab, headers["X-Request-Id"])) == 2)
+    line, _ = lines_of(lab, headers["X-Request-Id"])
     assert "CalledProcessError(7" in line["message"]
 
 
