@@ -24,10 +24,7 @@ class Iris(GenericModel):
 
     def infer(self, flower):
         measures = (*flower, 1)
-        return {
-            species: sum(map(operator.mul, weights, measures))
-            for species, weights in self.model.items()
-        }
+        return {name: sum(map(operator.mul, row, measures)) for name, row in self.model.items()}
 
     def post_process(self, **scores):
         highest = max(scores.values())

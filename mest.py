@@ -52,6 +52,7 @@ import operator
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -2637,20 +2638,23 @@ def run_gunicorn(args):
     cpus = str(max(1, available_cpus() // int(MestConfig("mest").workers)))
     for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR"):
         os.environ.setdefault(f"{library}_NUM_THREADS", cpus)
-    with contextlib.ExitStack() as stack:
-        if importlib.util.find_spec("prometheus_client"):  # it reads that at its import, too
-            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="mest-"))
-            os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", directory)
+    directory, master = "", os.getpid()
+    if importlib.util.find_spec("prometheus_client"):  # it reads that at its import, too
+        directory = tempfile.mkdtemp(prefix="mest-")
+        os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", directory)
+    try:
         service, _ = load_app(args)
         host, port = service.config.listen_host or "0.0.0.0", service.config.listen_port
         bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         options = ["--preload", *args.options] if hasattr(args, "preload") else args.options
-        try:
-            gunicorn_for(service, bind, options).run()
-        except (AppImportError, HaltServer) as error:  # a model, or a second worker that failed
-            print(error, file=sys.stderr)
-            return 1
-    return 0
+        gunicorn_for(service, bind, options).run()
+        return 0
+    except (AppImportError, HaltServer) as error:  # a model, or a second worker that failed
+        print(error, file=sys.stderr)
+        return 1
+    finally:
+        if os.getpid() == master:  # workers end here, too
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def run_shell(args):

@@ -26,6 +26,7 @@ import threading
 import time
 import types
 import uuid
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -1109,6 +1110,7 @@ def test_the_id_of_a_request_is_kept_unless_it_could_do_harm(edge, known, other)
         got = answer.headers["x-request-id"]
         assert got == known if sent == known else re.fullmatch("[0-9a-f]{32}", got)
         assert json.loads(answer.body)["request_id"] == got
+    serving().app.test_client().get("/livez")
     assert mest.EXCHANGE.get() is None  # afterwards
 
 
@@ -1133,19 +1135,6 @@ def test_an_answer_is_counted_under_what_clients_cannot_make_up(edge, sent, rout
     assert [counted(), timed(), in_progress()] == [1, 1, 0]
 
 
-def test_the_metrics_of_a_model_are_its_queue_its_batches_and_its_load():
-    named = type("Named", (Squares,), {"init": lambda self, directory_path: time.sleep(0.01)})
-    waiting, batches, requests, loaded = (
-        growth(f"mest_{name}", model="Named")
-        for name in ("queue_length", "batch_size_count", "batch_size_sum", "model_load_seconds")
-    )
-    make(models=[model := named()]).setup()
-    with model.busy():
-        assert waiting() == 1
-    assert together(named(), [1, 2, 3]) == [1, 4, 9]
-    assert [waiting(), batches(), requests(), loaded() > 0] == [0, 3, 5, True]
-
-
 @on_both_edges
 def test_without_prometheus_client_there_are_no_metrics_and_all_else_works(edge, monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
@@ -1158,43 +1147,31 @@ def test_without_prometheus_client_there_are_no_metrics_and_all_else_works(edge,
 
 @on_both_edges
 @pytest.mark.parametrize("access_log", [True, False])
-def test_the_access_log_has_a_line_for_each_request_that_nobody_can_forge(edge, access_log, capsys):
+def test_answers_are_logged_where_that_is_asked_for(edge, access_log, capsys):
     edge(serving(access_log=access_log), "/a%0Ab?secret", method="GET")
-    lines = [{**line, "milliseconds": 0, "time": 0, "logger": 0} for line in log_of(capsys)]
-    whole = {"level": "INFO", "request_id": "r1", "message": "answered", "method": "GET"}
-    whole |= {"path": "/a\nb", "status": 404, "milliseconds": 0, "time": 0, "logger": 0}
-    assert lines == [whole] * access_log
+    lines = [[line["path"], line["status"], line["request_id"]] for line in log_of(capsys)]
+    assert lines == [["/a\nb", 404, "r1"]] * access_log
 
 
-SLOW = """
-import time
+@pytest.mark.parametrize(
+    "url, whole, route",
+    [("/predict", True, "/predict"), ("/it", True, "other"), ("/predict", False, "other")],
+)
+def test_a_client_that_leaves_is_logged_and_counted_with_499(url, whole, route, capsys):
+    leave, go_on = threading.Event(), threading.Event()
 
-class Slow(Doubler):
-    model = 2
+    def hold(x=0):
+        leave.set()
+        return str(go_on.wait(PATIENCE))
 
-    def infer(self, x):
-        print("has begun", flush=True)
-        time.sleep(0.5)
-
-router.add_predict_route(Slow(), {"x": {"required": True}}, url="/slow")
-router.route("own", endpoint="own")(lambda: Slow().infer(1) or "")
-"""
-
-
-@pytest.mark.parametrize("url", ["/slow", "/own"])
-@pytest.mark.parametrize("body", ['{"x": 7}', '{"x"'])
-def test_a_client_that_leaves_is_logged_and_counted_with_499(project, url, body):
-    project.write(app=APP + SLOW)
-    with project.serve("run", "gunicorn", "--access-log") as server:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as client:
-            head = f"POST {url} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-            client.sendall(f"{head}Content-Length: 8\r\n\r\n{body}".encode())
-            if len(body) == 8:
-                server.wait_for("has begun")
-        assert server.wait_for(rf'"path": "{url}", "status": \d+')[0].endswith("499")
-        assert server.ask(url, {"x": 1})[0] == 200
-        assert re.search(r'status="499"} 1.0', server.ask("/metrics")[1].decode())
-        assert "ERROR" not in server.output
+    mest_app = serving(types.SimpleNamespace(predict=hold), handler=hold, access_log=True)
+    counted = growth("mest_requests_total", route=route, method="POST", status="499")
+    if not whole:
+        threading.Timer(0.1, leave.set).start()
+    assert over_asgi(mest_app, url, whole=whole, leave=leave) is None
+    go_on.set()
+    assert counted() == 1
+    assert [line["status"] for line in log_of(capsys)] == [499]
 
 
 # Models
@@ -1383,9 +1360,9 @@ print(model.predict(x=2), mest.Exchange(service, "GET", "/", "").id, flush=True)
 assert child == 0 or os.waitpid(child, 0)[1] == 0
 """)
     done = project.mest(command=("-W", "ignore", "forks.py"))
-    first, second = done.stdout.splitlines()
-    assert [first[:2], second[:2], done.returncode] == ["3 ", "3 ", 0]
-    assert first != second
+    assert done.returncode == 0
+    assert [*map(len, done.stdout.split())] == [1, 32] * 2
+    assert len({*done.stdout.split()}) == 3
 
 
 # Routes
@@ -1395,7 +1372,6 @@ def test_a_predict_route_answers_with_the_model(router):
     model = Doubler()
     router.add_predict_route(model, X, example={"x": 1})
     router.add_predict_route(model, X, url="again", method="GET")
-    router.add_predict_route(model, X, url="again", method="PUT")
     power = types.SimpleNamespace(predict=lambda x, n: x**n if n else b"\xff")
     router.add_predict_route(power, X, url="/power/<int:n>")
     mest_app = make(models=[model]).setup()
@@ -1403,32 +1379,27 @@ def test_a_predict_route_answers_with_the_model(router):
     client = mest_app.app.test_client()
     assert client.post("/predict", json={"x": 1.5}).json == {"y": 3.0}
     assert client.get("/again?x=2").json == {"y": 4}
-    assert client.put("/again", json={"x": 3}).json == {"y": 6}
     assert client.post("/power/3", json={"x": 2}).data == b"8\n"
     assert client.post("/power/0", json={"x": 2}).data == b"\xff"
 
 
-@on_both_edges
-def test_a_model_that_is_not_loaded_is_a_500_and_the_log_says_what_to_call(edge, capsys):
-    assert edge(serving(Doubler())).status == 500
+def test_a_model_that_is_not_loaded_is_a_500_and_the_log_says_what_to_call(capsys):
+    assert over_asgi(serving(Doubler())).status == 500
     assert "is not loaded; call mest_app.setup()" in log_of(capsys)[-1]["message"]
 
 
 def test_ping_names_the_service_and_says_when_it_is_shutting_down():
     mest_app = Mest("iris")
     mest_app.router.add_ping_route("/health")
-    client = mest_app.app.test_client()
-    assert client.get("/health").json == {"message": "Pong from iris!"}
+    ask = functools.partial(mest_app.app.test_client().get, "/health")
+    assert ask().json == {"message": "Pong from iris!"}
     mest_app.draining = True
-    assert client.get("/health").json["detail"] == "iris is shutting down."
-    assert client.get("/health").status_code == 503
+    assert [ask().status_code, ask().json["detail"]] == [503, "iris is shutting down."]
 
 
 @on_both_edges
 @pytest.mark.parametrize("is_checked", [False, True])
-@pytest.mark.parametrize(
-    "error, status", [(None, 200), (Problem(409, "no"), 409), (KeyError("hunter2"), 500)]
-)
+@pytest.mark.parametrize("error, status", [(None, 200), (Problem(409, "a"), 409), (OSError(), 500)])
 def test_asynchronous_handlers_need_no_asgiref(edge, is_checked, error, status, monkeypatch):
     monkeypatch.setitem(sys.modules, "asgiref.sync", None)
 
@@ -1496,7 +1467,7 @@ def test_validate_params_works_on_a_plain_flask_route():
     assert app.post("/x")(handler) is handler
     assert [handler(x=1), handler(1)] == [{"x": 1}, {"x": 1}]
     assert app.test_client().post("/x", json={"x": 1}).json == {"x": 1}
-    assert app.test_client().post("/x", json={}).json["errors"] == {"x": ["required field"]}
+    assert app.test_client().post("/x", json={}).status_code == 422
 
 
 UPLOAD = (
@@ -1518,8 +1489,8 @@ def test_uploads_are_bytes_beside_the_fields_of_their_form(edge, headers, url):
     assert edge(mest_app, url, parts=[b"--b--\r\n"], headers=MULTIPART).status == 400
 
 
-def locked(**fields):
-    mest_app = serving(handler=lambda: "mine", api_key="one, two-three", **fields)
+def locked():
+    mest_app = serving(handler=lambda: "mine", api_key="one, two-three", access_log=True)
     mest_app.router.add_ping_route()
     return mest_app
 
@@ -1540,7 +1511,7 @@ NEEDED, WRONG = ("needed", "Bearer"), ("wrong", 'Bearer error="invalid_token"')
     ],
 )
 def test_without_a_key_there_is_no_answer_on_either_edge(edge, url, headers, refusal, capsys):
-    answer = edge(locked(access_log=True), url, headers={**JSON, **headers})
+    answer = edge(locked(), url, headers={**JSON, **headers})
     assert answer.status == (401 if refusal else 200)
     if refusal:
         assert refusal[0] in json.loads(answer.body)["detail"]
@@ -1550,25 +1521,24 @@ def test_without_a_key_there_is_no_answer_on_either_edge(edge, url, headers, ref
 
 # Documentation
 
-ANY_NUMBER = {"type": "number"}
+NUMBER = {"type": "number"}
 
 
 @pytest.mark.parametrize(
     "rules, schema",
     [
-        ({}, {}), ({"type": "date"}, {}), ({"coerce": int, "type": "integer", "min": 3}, {}),
-        ({"type": "float", "min": 0, "max": 5.5}, {**ANY_NUMBER, "minimum": 0, "maximum": 5.5}),
-        ({"type": "float", "default": 1}, {"anyOf": [ANY_NUMBER, {"type": "null"}], "default": 1}),
+        ({"type": "date"}, {}), ({"type": "float", "coerce": int}, {}), ("by name", {}),
+        ({}, {}), ({"type": "float", "min": 0}, {**NUMBER, "minimum": 0}),
+        ({"type": "float", "default": 1}, {"anyOf": [NUMBER, {"type": "null"}], "default": 1}),
         ({"type": "string", "regex": "a$"}, {"type": "string", "pattern": "^(?:a$)"}),
         ({"type": "string", "allowed": ["a", "b"]}, {"type": "string", "enum": ["a", "b"]}),
         ({"type": "binary"}, {"type": "string", "format": "binary"}),
         ({"type": "list", "schema": {"type": "float"}, "minlength": 2},
-         {"type": "array", "items": ANY_NUMBER, "minItems": 2}),
+         {"type": "array", "items": NUMBER, "minItems": 2}),
         ({"type": "dict", "schema": {"a": {"required": True}, "b": {"readonly": True}}},
-         {"type": "object", "properties": {"a": {}}, "required": ["a"],
-          "additionalProperties": False}),
+         mest.fields_schema({"a": {"required": True}})),
         ({"meta": {"description": "in cm"}}, {"description": "in cm"}),
-        ({"type": "float", "min": float("-inf")}, {}), ("by name", {}),
+        ({"type": "float", "min": float("-inf")}, {}),
     ],
 )
 def test_the_rules_of_cerberus_become_json_schema(rules, schema):
@@ -1577,13 +1547,9 @@ def test_the_rules_of_cerberus_become_json_schema(rules, schema):
     assert mest.fields_schema(parameters.schema)["properties"]["a"] == schema
 
 
-def openapi_of(router, url="/", **fields):
-    return client_of(router, url, **fields).get("/openapi.json").json
-
-
 def test_a_predict_route_is_described_with_all_that_it_takes_and_answers(router):
     router.add_predict_route(Ready(), X, example={"x": 4})
-    document = openapi_of(router, service_version="2.1")
+    document = client_of(router, service_version="2.1").get("/openapi.json").json
     assert document["info"]["x-models"] == ["Ready"]
     assert [document["info"]["version"], document["servers"]] == ["2.1", [{"url": "."}]]
     predict = document["paths"]["/predict"]["post"]
@@ -1602,20 +1568,13 @@ def test_a_handler_is_described_with_its_path_query_and_files(router):
 
     files = {"image": {"type": "binary", "required": True}}
     router.route("up")(validate_params(files)(lambda image: len(image)))
-    paths = openapi_of(router, "/api/")["paths"]
+    paths = client_of(router, "/api/").get("/openapi.json").json["paths"]
     item = paths["/api/users/{user}/{name}"]
     assert item.keys() == {"get", "delete"}
     parameters = {p["name"]: (p["in"], p["required"]) for p in item["get"]["parameters"]}
     assert parameters == {"user": ("path", True), "name": ("path", True), "most": ("query", False)}
     content = paths["/api/up"]["post"]["requestBody"]["content"]
     assert content == {"multipart/form-data": {"schema": mest.fields_schema(files)}}
-
-
-def test_the_key_is_described_where_there_is_one():
-    document = locked().app.test_client().get("/openapi.json").json
-    assert document["security"] == [{"bearer": []}]
-    assert "security" not in document["paths"]["/predict"]["post"]
-    assert document["paths"]["/ping"]["get"]["security"] == []
 
 
 def test_the_page_allows_nothing_but_itself_and_can_be_switched_off():
@@ -1626,15 +1585,15 @@ def test_the_page_allows_nothing_but_itself_and_can_be_switched_off():
     assert make(docs=False).app.test_client().get("/docs").status_code == 404
 
 
-class Browser:
+class Browser(Server):
     """A headless Chromium, driven through https://www.w3.org/TR/webdriver2/"""
 
-    def __init__(self, folder):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        command, silent = ["chromedriver", f"--port={self.port}"], subprocess.DEVNULL
-        self.driver = subprocess.Popen(command, stdout=silent, stderr=silent, process_group=0)
-        wait_until(self.listens)
+    def __init__(self):
+        there = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+        super().__init__(subprocess.Popen(["chromedriver", "--port=0"], text=True, **there))
+        self.port = int(self.wait_for(r"successfully on port (\d+)")[1])
+
+    def start(self, folder):
         flags = "headless=new no-sandbox no-first-run disable-background-networking "
         flags += f"disable-component-update disable-dev-shm-usage user-data-dir={folder}"
         options = {"args": flags.split(), "binary": shutil.which("chromium")}
@@ -1642,20 +1601,12 @@ class Browser:
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": logs}
         session = self("POST", "", {"capabilities": {"alwaysMatch": wanted}})
         self.session = "/" + session["sessionId"]
-
-    def listens(self):
-        with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", self.port)).close()
-            return True
+        self.log("performance")  # of its own first page
 
     def __call__(self, method, path, body=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        sent = json.dumps(body) if body is not None else None
-        connection.request(method, f"/session{self.session}{path}", sent, JSON)
-        value = json.loads(connection.getresponse().read())["value"]
-        connection.close()
-        assert "error" not in (value if isinstance(value, dict) else {}), value
-        return value
+        status, answer, _ = self.ask(f"/session{self.session}{path}", body, method)
+        assert status == 200, answer
+        return json.loads(answer)["value"]
 
     def open(self, server):
         self("POST", "/url", {"url": f"http://127.0.0.1:{server.port}/docs"})
@@ -1690,17 +1641,17 @@ class Browser:
 def browser(tmp_path_factory):
     if not shutil.which("chromium") or not shutil.which("chromedriver"):
         pytest.skip("needs chromium and chromedriver")
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    browser.log("performance")  # of its own first page
-    yield browser
-    browser("DELETE", "")
-    os.killpg(browser.driver.pid, signal.SIGKILL)
-    browser.driver.wait(PATIENCE)
+    browser = Browser()
+    try:
+        browser.start(tmp_path_factory.mktemp("browser"))
+        yield browser
+    finally:
+        browser.kill()
 
 
 PAGE_APP = APP + """
 router.route("/users/<name>", method="GET")(
-    validate_params({"n": {"type": "integer", "default": 3}})(lambda name, n: {name: n}))
+    validate_params({"n": {"type": "integer", "required": True}})(lambda name, n: {name: n}))
 
 @router.route("/picture")
 @validate_params({"image": {"type": "binary", "required": True}})
@@ -1749,8 +1700,8 @@ def test_the_page_can_be_used_with_the_keyboard_and_on_a_phone(project, browser)
         assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
         browser.fill("#post_predict textarea", '{"x": 4}\ue009\ue007')  # Control and Enter
         wait_until(lambda: browser.text("#post_predict pre") == '{"y":8}\n')
-        named = "every(e => e.ariaLabel || e.labels.length)"
-        assert browser.run(f"return [...document.querySelectorAll('input, textarea')].{named}")
+        fields = "[...document.querySelectorAll('input, textarea')]"
+        assert browser.run(f"return {fields}.every(e => e.ariaLabel || e.labels.length)")
 
 
 # The ASGI edge
@@ -1774,22 +1725,22 @@ class Answering(GenericModel):
         return outcome
 
 
-FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+AS_FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 BODIES = [
     b'{"x": "a"}', b"{", b"", b"[]", b'{"x": NaN}', b'{"x": 1e999}', b"{" + b" " * 2000 + b"}",
     b'{"x": 1, "y": 2}', b'{"n": ' + b"[" * 900, b" " * 900, b"\xef\xbb\xbf{}", b'{"z": "\xff"}',
     *(f'{{"kind": "{kind}"}}'.encode() for kind in Answering.kinds),
 ]
 HEADERS = [
-    {"Content-Type": "text/csv"}, {}, {**JSON, "Content-Encoding": "gzip"}, FORM,
+    {"Content-Type": "text/csv"}, {}, {**JSON, "Content-Encoding": "gzip"}, AS_FORM,
     {"Content-Type": "application/vnd.api+json; charset=utf-8"}, {**JSON, "X-API-Key": "é"},
-    [*FORM.items(), *JSON.items()], {**JSON, "Content-Length": "9" * 30},
+    [*AS_FORM.items(), *JSON.items()], {**JSON, "Content-Length": "9" * 30},
 ]
-SENT = [
+REQUESTS = [
     *({"parts": [body]} for body in BODIES), *({"headers": headers} for headers in HEADERS),
     {}, {"parts": [b'{"x"', b": 4}"]}, GET, {"method": "OPTIONS"}, {"method": "BREW"},
     {"url": "/predict?n=7&x=1"}, {"url": "/predict?x=a"}, {"url": "/predict?x=1&x=2"},
-    {"headers": FORM, "parts": [b"x=4&n=2"]}, {"headers": FORM, "parts": [b"&&"]},
+    {"headers": AS_FORM, "parts": [b"x=4&n=2"]}, {"headers": AS_FORM, "parts": [b"&&"]},
     {"url": "/at/a/5", **GET}, {"url": "/at/a%2Fb/5", **GET}, {"url": "/at/%ff/5?x=2", **GET},
     {"url": "/at/a/b", **GET}, {"url": "/at/a/5", **GET, "method": "HEAD"}, {"url": "/checked"},
     {"url": "/checked", "parts": [b'{"x": "b"}']}, {"url": "/predict/"}, {"url": "/predict//"},
@@ -1797,7 +1748,7 @@ SENT = [
 ]
 
 
-@pytest.mark.parametrize("sent", SENT)
+@pytest.mark.parametrize("sent", REQUESTS)
 def test_a_request_is_answered_the_same_on_both_edges(sent):
     text, number = {"type": "string"}, {"type": "integer", "default": 5}
     schema, model = {"x": {"type": "float"}, "kind": text, "n": number, "z": text}, Answering()
@@ -1841,10 +1792,10 @@ def refuse(*args, **more):
     [
         (lambda app: app.before_request(refuse), 401),
         (lambda app: app.after_request(lambda response: flask.Response("no", 401)), 401),
-        (lambda app: app.teardown_request(lambda error: None), 200),
-        (lambda app: app.teardown_appcontext(lambda error: None), 200),
+        (lambda app: app.teardown_request(print), 200),
+        (lambda app: app.teardown_appcontext(print), 200),
         (lambda app: app.url_value_preprocessor(refuse), 401),
-        (lambda app: app.register_error_handler(404, lambda error: "none"), 200),
+        (lambda app: app.register_error_handler(404, refuse), 200),
         (lambda app: app.config.update(TRUSTED_HOSTS=["elsewhere.test"]), 400),
         (lambda app: setattr(app, "wsgi_app", flask.Response("no", 401)), 401),
         (lambda app: flask.request_started.connect(refuse, app), 401),
@@ -1863,11 +1814,8 @@ def test_what_stands_before_a_predict_route_in_flask_is_not_bypassed(add, status
 def with_cors(**fields):
     """A service whose hook sets a header, with routes that read a body in different ways."""
 
-    def own():
-        reads = flask.request.args.get("reads")
-        return getattr(flask.request, reads)() if reads else "nothing"
-
-    mest_app = serving(handler=own, **fields)
+    http = flask.request
+    mest_app = serving(handler=lambda: getattr(http, http.args["reads"])(), **fields)
     mest_app.router.route("checked")(validate_params(X)(lambda x: {"x": x}))
 
     @mest_app.app.after_request
@@ -1879,6 +1827,7 @@ def with_cors(**fields):
 
 
 READING = ["/predict", "/checked", "/it?reads=get_data", "/it?reads=get_json"]
+UNREAD = "/it?reads=__repr__"
 
 
 @on_both_edges
@@ -1895,10 +1844,10 @@ def test_a_hook_sees_that_a_body_is_too_long(edge, url, is_chunked, length, stat
     assert answer.headers["access-control-allow-origin"] == "*"
 
 
-@pytest.mark.parametrize("url", [*READING, "/it"])
+@pytest.mark.parametrize("url", [*READING, UNREAD])
 def test_a_hook_sees_the_answer_to_a_body_that_does_not_come_if_anybody_reads_it(url):
     answer = over_asgi(with_cors(request_timeout=1), url, parts=[b"{"], whole=False)
-    assert answer.status == (200 if url == "/it" else 408)
+    assert answer.status == (200 if url == UNREAD else 408)
     assert answer.headers["access-control-allow-origin"] == "*"
 
 
@@ -1917,8 +1866,8 @@ def test_the_prefix_of_a_proxy_may_be_in_the_path_or_not(router, prefix, status,
     urls = [f"{prefix}{name}", f"{prefix}{name}/direct"]
     answers = [over_asgi(mest_app, url, root_path="/p") for url in urls]
     assert [answer.status for answer in answers] == [status, status]
-    found = [json.loads(answer.body) for answer in answers]
-    assert status == 404 or found == [["/p", f"/{name}"], {"y": 6}]
+    if status == 200:
+        assert [json.loads(answer.body) for answer in answers] == [["/p", f"/{name}"], {"y": 6}]
 
 
 @pytest.mark.parametrize("url", ["/predict", "/it"])
@@ -1946,38 +1895,29 @@ def test_flask_gets_the_request_as_it_was_sent():
     ]
     mest_app = make(threads=2)
     mest_app.router.route("<name>/it")(seen)
-    unix = {"client": None, "server": ("/run/socket", None)}
-    for url, raw in [("/%ff%20/it", b"/%ff%20/it"), ("/-/it", b"http://mest.test/%ff%20/it")]:
-        more = {"headers": headers, "raw_path": raw, "query_string": b"q=%C3%BC", **unix}
-        answer = over_asgi(mest_app, url, parts=[UPLOAD[:50], UPLOAD[50:]], **more)
+    more = {"headers": headers, "query_string": b"q=%C3%BC", "client": None, "server": ("/s", None)}
+    for raw in (b"/%ff%20/it", b"http://mest.test/%ff%20/it"):
+        answer = over_asgi(mest_app, parts=[UPLOAD[:50], UPLOAD[50:]], raw_path=raw, **more)
         assert json.loads(answer.body) == [
             {"a": "1", "b": "2"}, {"q": "ü"}, {"g": "5"}, ["f"], {"X-Two": "1,2"}, "", "mest.test",
             len(UPLOAD), "/\xff /it",
         ]
 
 
-@pytest.mark.parametrize("how", ["ends", "fails", "is left"])
-def test_a_stream_is_sent_as_it_is_produced_and_closed_however_it_ends(how, capsys):
-    leave, closed = threading.Event(), threading.Event()
-
+@pytest.mark.parametrize("failure", [None, KeyError("hunter2")])
+def test_a_stream_is_sent_as_it_is_produced_and_cut_short_by_a_failure(failure, capsys):
     def produce():
-        try:
-            for number in range(3 if how != "is left" else 1_000_000):
-                yield str(number)
-                time.sleep(0.02)
-            if how == "fails":
-                raise KeyError("hunter2")
-        finally:
-            closed.set()
+        for number in range(3):
+            yield str(number)
+            time.sleep(0.02)
+        if failure:
+            raise failure
 
-    if how == "is left":
-        threading.Timer(0.2, leave.set).start()
-    answer = over_asgi(serving(handler=produce), "/it", **GET, leave=leave)
-    assert closed.wait(PATIENCE)
-    assert [message["body"] for message in answer.sent[:3]] == [b"0", b"1", b"2"]
-    assert answer.sent[2]["at"] - answer.sent[0]["at"] > 0.03
-    assert answer.sent[-1].get("more_body", False) is (how != "ends")  # else it looks complete
-    assert [line["level"] for line in log_of(capsys)] == ["ERROR"] * (how == "fails")
+    *sent, last = over_asgi(serving(handler=produce), "/it", **GET).sent
+    assert [message["body"] for message in [*sent, last][:3]] == [b"0", b"1", b"2"]
+    assert last["at"] - sent[0]["at"] > 0.03
+    assert last.get("more_body", False) is bool(failure)  # else it would look complete
+    assert [line["level"] for line in log_of(capsys)] == ["ERROR"] * bool(failure)
 
 
 @on_both_edges
@@ -2014,7 +1954,6 @@ def test_mest_in_an_existing_application_leaves_that_as_it_was(router, caplog):
     assert client.get("/livez").headers["X-Request-Id"]  # a page that is not found
     assert client.get("/ml/none").json["detail"] == "nothing"
     assert mest_app.direct_routes() == {}
-    assert over_asgi(mest_app, "/ml/predict").body == b'{"y":6}\n'
     assert ({**app.config}, {**vars(app.logger)}) == before
     mest_app.logger.debug("to the host")
     assert "to the host" in caplog.text
@@ -2042,10 +1981,9 @@ def test_setup_loads_every_model_once_in_a_thread_and_logs_how_long_it_took(rout
     router.add_predict_route(late, {}, url="/b")
     assert listed.loaded == routed.loaded == late.loaded == [("somewhere", False)]
     assert mest_app.readyz() == {"status": "ready"}
-    assert [model.is_loaded for model in (listed, late, Loading())] == [True, True, False]
-    messages = [line["message"] for line in log_of(capsys)]
-    pattern = r"model Loading loaded in \d+\.\d{3} s"
-    assert [bool(re.fullmatch(pattern, message)) for message in messages] == [True] * 3
+    assert [model.is_loaded for model in (late, Loading())] == [True, False]
+    words = [line["message"].split() for line in log_of(capsys)]
+    assert [" ".join(each[:4]) for each in words] == ["model Loading loaded in"] * 3
 
 
 @pytest.mark.parametrize(
@@ -2078,15 +2016,14 @@ def test_the_documented_import_paths_lead_to_the_same_objects():
 @pytest.mark.parametrize(
     "command, target, server",
     [
-        (["mest.py"], "app.py", "dev"), (["mest.py"], "app.py", "gunicorn"),
-        (["-m", "service.mest"], "service.packaged", "dev"),
+        (["mest.py"], "app.py", "gunicorn"), (["-m", "service.mest"], "service.packaged", "dev"),
         (["-m", "service.mest"], "service.relative:mest_app", "gunicorn"),
     ],
 )
 def test_a_copy_works_in_a_project_and_in_a_package_of_it(project, command, target, server):
     (project.path / "service").mkdir()
-    for copied in ("mest.py", "service/mest.py"):
-        shutil.copy(HERE / "mest.py", project.path / copied)
+    for folder in (project.path, project.path / "service"):
+        shutil.copy(HERE / "mest.py", folder)
     packaged = APP.replace("from mest import", "from service.mest import")
     packaged += "from service.mest.app.api import Router as Other\nassert Other is Router\n"
     relative = APP.replace("from mest import", "from .mest import")
@@ -2103,7 +2040,7 @@ def running(request, tmp_path_factory):
     """APP on a real server, the same one for all tests that only ask it something."""
     project = Project(tmp_path_factory.mktemp("running"))
     project.write(app=APP)
-    with project.serve("run", *request.param.split(), MEST_MAX_BODY_BYTES="1000000") as server:
+    with project.serve("run", *request.param.split()) as server:
         yield server
 
 
@@ -2127,48 +2064,24 @@ def test_a_server_logs_failures_as_json_and_says_nothing_to_the_client(running):
     assert b"hunter2" not in body
     running.wait_for(headers["X-Request-Id"] + ".*\n")
     (line,) = lines_of(running, headers["X-Request-Id"])
-    assert line["level"] == "ERROR"
     assert "KeyError: 'hunter2'" in line["traceback"]
 
 
 def framed(body, *headers, url="/echo", length=None):
-    framing = "Transfer-Encoding: chunked" if length == "chunked" else ""
-    framing = framing or f"Content-Length: {len(body) if length is None else length}"
-    lines = [f"POST {url} HTTP/1.1", "Host: a", "Content-Type: application/json", *headers, framing]
+    headers = *headers, f"Content-Length: {len(body) if length is None else length}"
+    lines = [f"POST {url} HTTP/1.1", "Host: a", "Content-Type: application/json", *headers]
     return "\r\n".join([*lines, "Connection: close", "", ""]).encode() + body
-
-
-def chunked(*chunks):
-    body = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in (*chunks, b""))
-    return framed(body, length="chunked")
 
 
 @contextlib.contextmanager
 def connected(server, count=1, sent=b""):
     """Clients that have sent something."""
     with contextlib.ExitStack() as stack:
-        address, clients = ("127.0.0.1", server.port), []
-        for _ in range(count):
-            client = stack.enter_context(socket.create_connection(address, timeout=PATIENCE))
-            clients.append(client)
-            client.sendall(sent)
+        address = "127.0.0.1", server.port
+        clients = [socket.create_connection(address, timeout=PATIENCE) for _ in range(count)]
+        for client in clients:
+            stack.enter_context(client).sendall(sent)
         yield clients
-
-
-@pytest.mark.parametrize(
-    "sent, status, detail",
-    [
-        (chunked(b'{"x": [1', b", 2]}"), 200, b'{"x":[1,2]}'),
-        (framed(b'{"x": [' + b" " * 999_991 + b"]}"), 200, b'{"x":[]}'),
-        (framed(b'{"x": [' + b" " * 999_992 + b"]}"), 413, b"longer than 1000000 bytes"),
-        (chunked(b'{"x": []}', *[b" " * 9990] * 101), 413, b"longer than 1000000 bytes"),
-    ],
-)
-def test_a_body_is_read_whole_unless_it_is_too_long(running, sent, status, detail):
-    with connected(running, 1, sent) as (client,), http.client.HTTPResponse(client) as response:
-        response.begin()
-        assert response.status == status
-        assert detail in response.read()
 
 
 def test_the_development_server_reloads_and_waits_while_the_application_is_broken(project):
@@ -2184,17 +2097,11 @@ def test_the_development_server_reloads_and_waits_while_the_application_is_broke
         assert server.ask("/predict", {"x": 3})[1] == b'{"y":15}\n'
 
 
-def test_the_file_itself_serves_on_loopback_when_it_ends_in_run(project):
-    project.write(app=APP + "mest_app.run()\n")
-    with project.serve(command=["app.py"], port=(), MEST_LISTEN_PORT="0") as server:
-        assert server.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
-        assert "http://127.0.0.1:" in server.output
-
-
 @pytest.fixture
 def command(project, monkeypatch, capsys):
     """A function that runs the command, as Project.mest, but in this process, which is fast."""
     monkeypatch.chdir(project.path)
+    mest.metrics()  # before the command says that they are those of several processes
 
     def run(*args, stdin="", **env):
         with monkeypatch.context() as patch:
@@ -2212,36 +2119,10 @@ def command(project, monkeypatch, capsys):
     return run
 
 
-CONF = "workers = 5\nbacklog = 77\n"
-
-
-@pytest.mark.parametrize(
-    "args, env, conf, settings",
-    [
-        ("--", {}, "", {"bind": "['0.0.0.0:8000']", "workers": "2", "timeout": "600"}),
-        ("--", {"MEST_WORKERS": "4", "MEST_LISTEN_HOST": "::1", "MEST_LISTEN_PORT": "9"}, "",
-         {"bind": "['[::1]:9']", "workers": "4"}),
-        ("--", {"GUNICORN_CMD_ARGS": "--workers 6"}, CONF, {"workers": "6", "backlog": "77"}),
-        ("--workers 7 --port 8 --", {"MEST_WORKERS": "4", "MEST_LIVENESS_TIMEOUT": "7"}, "",
-         {"bind": "['0.0.0.0:8']", "workers": "7", "timeout": "7"}),
-        ("--preload -- --workers 8", {}, CONF, {"workers": "8", "preload_app": "True"}),
-    ],
-)
-def test_gunicorn_is_set_by_options_its_own_files_and_the_configuration_in_that_order(
-    project, command, args, env, conf, settings
-):
-    project.write(app=APP.replace("8000,", "8000, workers=2,"), **{"gunicorn.conf": conf})
-    shows = "--print-config", "--check-config"
-    text = command("run", "gunicorn", *args.split(), *shows, **env).stdout
-    shown = dict(re.findall(r"^(\w+) += (.*)$", text, re.MULTILINE))
-    assert {name: shown[name] for name in settings} == settings
-
-
 @pytest.mark.parametrize(
     "before, after, options, message",
     [
-        ("self.model = 2", "raise SystemExit(0)", [], "could not be loaded: SystemExit"),
-        ("self.model = 2", "open('/w')", ["--workers", "2"], "could not be loaded: FileNotFound"),
+        ("self.model = 2", "exit(0)", ["--workers", "2"], "could not be loaded: SystemExit"),
         ("self.model = 2", "1 / 0", ["--preload"], "could not be loaded: ZeroDivisionError"),
         ("return {", "x / 0; return {", [], "fails for the example of /predict: ZeroDivision"),
     ],
@@ -2260,28 +2141,20 @@ import os, time
 import flask
 from mest import GenericModel, Mest, validate_params
 
-class Slow(GenericModel):
-    max_batch_size = 4
+class Lab(GenericModel):
     def init(self, directory_path):
         self.model = os.getpid()
-    def infer_batch(self, payloads):
-        print("batch", sorted(payload["x"] for payload in payloads), flush=True)
-        time.sleep(max(payload["seconds"] for payload in payloads))
-        return [{"x": payload["x"], "pid": self.model} for payload in payloads]
 
-class Runner(GenericModel):
-    def init(self, directory_path):
-        self.model = True
-    def infer(self, source: str):
-        names = {}
+    def infer(self, x: float = 0, seconds: float = 0, source: str = "result = self.model"):
+        print("infers", x, flush=True)
+        time.sleep(seconds)
+        names = {"self": self}
         exec(source, names)
         return names["result"]
 
 mest_app = Mest("lab")
 router = mest_app.router
-seconds = {"x": {"type": "float", "default": 0}, "seconds": {"type": "float", "default": 0}}
-router.add_predict_route(Slow(), seconds, example={"x": -1})
-router.add_predict_route(Runner(), url="/run")
+router.add_predict_route(Lab(), example={"x": -1})
 router.add_ping_route()
 
 @router.route("count/<int:end>", methods=["GET", "POST"])
@@ -2314,8 +2187,8 @@ def slow(tmp_path):
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """LAB, for all tests that leave it as it was. A drain of it would be seen."""
-    env = {"drain": "600", "MEST_LIVENESS_TIMEOUT": "6"}
-    with start(tmp_path_factory.mktemp("lab"), "--access-log", **env) as server:
+    folder, env = tmp_path_factory.mktemp("lab"), {"MEST_LIVENESS_TIMEOUT": "6"}
+    with start(folder, "--access-log", drain="600", **env) as server:
         yield server
 
 
@@ -2336,7 +2209,7 @@ def metric(server, name):
 
 
 def pid_of(server):
-    return json.loads(server.ask("/predict", {"x": 1})[1])["pid"]
+    return json.loads(server.ask("/predict", {"x": 1})[1])
 
 
 POOL = concurrent.futures.ThreadPoolExecutor(32)
@@ -2366,60 +2239,57 @@ def load(choose, clients=4):
         concurrent.futures.wait(asking, PATIENCE)
 
 
+ANSWERED = 'mest_requests_total{.*route="/predict",status="200"}'
+
+
 def test_each_worker_runs_the_example_once_and_says_in_one_line_what_it_serves(pair):
     first, second = (line["message"] for line in lines_of(pair, "serves on"))
     assert first == second
     where, routes = first.split("; without Flask: ")
     assert where == f"serves on 127.0.0.1:{pair.port}"
-    assert routes.split(", ")[-3:] == ["POST /predict", "POST /run", "GET /ping"]
-    assert pair.output.count("batch [-1]") == 2
-
-
-def test_all_that_gunicorn_logs_is_json_too(pair):
-    others = [line for line in pair.output.splitlines() if not line.startswith("batch")]
-    assert {json.loads(line)["logger"] for line in others} == {"gunicorn.error", "lab"}
+    assert routes.split(", ")[-2:] == ["POST /predict", "GET /ping"]
+    assert pair.output.count("infers -1") == 2
+    assert {line["logger"] for line in lines_of(pair)} == {"gunicorn.error", "lab"}
 
 
 def test_metrics_are_those_of_all_workers(pair):
-    before = metric(pair, "mest_batch_size_sum")
+    before = metric(pair, ANSWERED)
     with load(lambda: pair) as (answers, _):
-        wait_until(lambda: len({answer["pid"] for answer in answers}) == 2)
-    assert metric(pair, "mest_batch_size_sum") == before + len(answers)
-    assert metric(pair, "mest_model_load_seconds") > 0
+        wait_until(lambda: len({*answers}) == 2)
+    assert metric(pair, ANSWERED) == before + len(answers)
 
 
 def test_a_killed_worker_is_replaced_and_the_metrics_lose_no_count(pair):
-    answered = 'mest_requests_total{.*route="/predict",status="200"}'
-    before = metric(pair, answered)
+    before = metric(pair, ANSWERED)
     with load(lambda: pair) as (answers, failures):
-        os.kill(answers[-1]["pid"], signal.SIGKILL)
+        os.kill(answers[-1], signal.SIGKILL)
         pair.wait_for("(?s)(serves on.*){3}")
     assert len(failures) <= 4
-    assert 0 <= metric(pair, answered) - before - len(answers) <= 4
+    assert 0 <= metric(pair, ANSWERED) - before - len(answers) <= 4
     assert metric(pair, "mest_queue_length") == 0
     assert metric(pair, "mest_requests_in_progress") == 1
 
 
-def test_a_reload_loses_nothing(pair):
+def test_a_reload_loses_no_request_and_no_count(pair):
+    counted = metric(pair, ANSWERED)
     with load(lambda: pair) as (answers, failures):
-        before = {answer["pid"] for answer in answers}
+        before = {*answers}
         pair.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: not before & {answer["pid"] for answer in answers[-20:]})
+        wait_until(lambda: before.isdisjoint(answers[-20:]))
     assert failures == []
+    assert metric(pair, ANSWERED) == counted + len(answers)
 
 
 def test_sigterm_makes_it_unready_and_the_end_comes_after_the_drain(slow):
     idle = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
     with slow(drain="1") as server, connected(server, 50, idle):
         answer = POOL.submit(server.ask, "/predict", {"x": 5, "seconds": 2})
-        server.wait_for(r"batch .5\b")
+        server.wait_for("infers 5")
         began = time.monotonic()
         os.killpg(server.process.pid, signal.SIGTERM)  # so the worker has it twice
         server.wait_for("stops in 1 s, and is not ready")
-        for path in ("/readyz", "/ping"):
-            status, body, _ = server.ask(path)
-            assert (status, json.loads(body)["detail"]) == (503, "lab is shutting down.")
-        assert server.ask("/livez")[0] == 200
+        status, body, _ = server.ask("/readyz")
+        assert (status, json.loads(body)["detail"]) == (503, "lab is shutting down.")
         assert answer.result(PATIENCE)[0] == 200
         assert server.process.wait(PATIENCE) == 0
         assert 2 <= time.monotonic() - began < 1 + 2 + 3
@@ -2429,19 +2299,14 @@ def test_sigterm_makes_it_unready_and_the_end_comes_after_the_drain(slow):
 
 def test_a_second_sigterm_does_not_skip_the_drain_and_sigint_does(slow):
     with slow(drain="600") as server:
-        for _ in range(2):
+        for _ in range(3):
             assert server.ask("/predict", {"x": 1})[0] == 200
             os.killpg(server.process.pid, signal.SIGTERM)
             server.wait_for("stops in 600 s")
-        assert server.ask("/predict", {"x": 1})[0] == 200
-
-        def interrupt():  # which gunicorn's master heeds once it is stopping
+        for _ in range(3):  # as gunicorn forgets what comes at once with a SIGTERM
             server.process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                server.process.wait(2)
-            return server.process.returncode is not None
-
-        wait_until(interrupt)
+                server.process.wait(4)
         assert server.process.returncode == 0
 
 
@@ -2454,7 +2319,7 @@ def test_a_rolling_restart_of_two_instances_loses_no_request(slow):
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     if server.ask("/readyz")[0] == 200:
                         return server
-            return None
+            raise OSError("nobody is ready")
 
         with load(choose) as (answers, failures):
             for old in [*servers]:
@@ -2462,30 +2327,30 @@ def test_a_rolling_restart_of_two_instances_loses_no_request(slow):
                 servers.append(stack.enter_context(slow(drain="1")))
                 assert old.process.wait(PATIENCE) == 0
         assert failures == []
-        assert len({answer["pid"] for answer in answers}) == 4
+        assert len({*answers}) == 4
 
 
 def test_stalled_clients_delay_nobody_and_are_closed(slow):
     body = framed(b"{", url="/predict", length=9)
-    with slow("--", "--keep-alive", "1", MEST_REQUEST_TIMEOUT="1") as server:  # noqa: SIM117
-        with connected(server, 40, body[:60]) as heads, connected(server, 40, body) as bodies:
-            began = time.monotonic()
-            for _ in range(20):
-                assert server.ask("/livez")[0] == 200
-                assert server.ask("/predict", {"x": 1})[0] == 200
-            assert time.monotonic() - began < 2
-            assert {client.recv(65536)[:12] for client in bodies} == {b"HTTP/1.1 408"}
-            assert {client.recv(65536) for client in heads} == {b""}
+    with (
+        slow("--", "--keep-alive", "1", MEST_REQUEST_TIMEOUT="1") as server,
+        connected(server, 40, body[:60]) as heads, connected(server, 40, body) as bodies,
+    ):
+        began = time.monotonic()
+        for _ in range(20):
+            assert server.ask("/livez")[0] == 200
+            assert server.ask("/predict", {"x": 1})[0] == 200
+        assert time.monotonic() - began < 2
+        assert {client.recv(65536)[:12] for client in bodies} == {b"HTTP/1.1 408"}
+        assert {client.recv(65536) for client in heads} == {b""}
 
 
-LIMITED = """
-import os, resource, sys
+LIMITED = """import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, {}))
-os.execv(sys.executable, [sys.executable, "-m", "mest", *sys.argv[1:]])
-"""
+os.execv(sys.executable, [sys.executable, "-m", "mest", *sys.argv[1:]])"""
 
 
-@pytest.mark.parametrize("hard, count", [(4096, 400), (256, 400), (400, 100)])
+@pytest.mark.parametrize("hard, count", [(4096, 400), (256, 400), (256, 40)])
 def test_connections_beyond_the_limit_of_open_files_write_no_flood_of_lines(project, hard, count):
     project.write(app=LAB)
     with project.serve("run", "gunicorn", command=("-c", LIMITED.format(hard))) as server:
@@ -2516,24 +2381,6 @@ def test_a_client_that_leaves_is_logged_once_with_499(lab, request_id, url, body
     wait_until(lambda: len(lines_of(lab, request_id)) >= 3)
     assert lab.ask("/predict", {"seconds": 0.5})[0] == 200  # by now all have ended
     assert [line["status"] for line in lines_of(lab, request_id)] == [499] * 3
-    assert "Traceback" not in lab.output
-
-
-@pytest.mark.parametrize(
-    "sent, path, status",
-    [
-        ("/ping?x=5678", "/ping", 200), ("/predict", "/predict", 405),
-        ("/a%0A%7B%22status%22:200%7D%1b", '/a\n{"status":200}\x1b', 404),
-    ],
-)
-def test_a_line_of_the_access_log_names_path_and_status(lab, sent, path, status):
-    *_, headers = lab.ask(sent)
-    lab.wait_for(headers["X-Request-Id"] + ".*\n")
-    (line,) = lines_of(lab, headers["X-Request-Id"])
-    assert (line["message"], line["method"]) == ("answered", "GET")
-    assert (line["path"], line["status"]) == (path, status)
-    assert 0 < line["milliseconds"] < 10_000
-    assert "5678" not in lab.output
 
 
 def test_a_stream_is_sent_as_it_is_produced_and_closed_when_its_client_leaves(lab):
@@ -2557,18 +2404,12 @@ def test_a_client_of_http_1_0_that_asks_for_it_keeps_its_connection(lab, url, te
 
 
 @pytest.mark.parametrize(
-    "url, version, connection, end",
-    [
-        ("/count/3", "1.0", "keep-alive", b"\r\n\r\n0\n1\n2\n"),
-        ("/count/3", "1.1", "close", b"2\r\n2\n\r\n0\r\n\r\n"),
-        ("/livez", "1.0", "close", b'\r\n\r\n{"status":"alive"}\n'),
-    ],
+    "version, end", [("1.0", b"\r\n\r\n0\n1\n"), ("1.1", b"2\r\n1\n\r\n0\r\n\r\n")]
 )
-def test_the_end_of_an_answer_is_seen(lab, url, version, connection, end):
-    request = f"GET {url} HTTP/{version}\r\nHost: a\r\nConnection: {connection}\r\n\r\n"
-    received = lab.send(request.encode(), half_close=False)  # returns when the server closes
-    assert received.startswith(b"HTTP/1.")
-    assert received.endswith(end)
+def test_the_end_of_a_stream_is_seen_in_each_version_of_http(lab, version, end):
+    wanted = "keep-alive" if version == "1.0" else "close"
+    request = f"GET /count/2 HTTP/{version}\r\nHost: a\r\nConnection: {wanted}\r\n\r\n"
+    assert lab.send(request.encode(), half_close=False).endswith(end)  # sent by then, or for ever
 
 
 @pytest.mark.parametrize("length, status", [(5000, b"200"), (8000, b"200"), (9000, b"414")])
@@ -2577,55 +2418,47 @@ def test_a_query_may_be_as_long_as_gunicorn_allows(lab, length, status):
     assert received[9:12] == status
 
 
-SHELL = "import subprocess; result = subprocess.run(['sh', '-c', {!r}], check={}).returncode"
-BEGIN = """
-import os, signal, time
+SHELL = "import subprocess; result = subprocess.run(['sh', '-c', {!r}]).returncode"
+CHECK = """import subprocess
+try: subprocess.run(["sh", "-c", "exit 7"], check=True)
+except subprocess.CalledProcessError as error: result = error.returncode"""
+BEGIN = """import os, signal, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import Pool, Process
-child = Process(target={})
+child = Process(target=time.sleep, args=(60,))
 """
-SLEEP = BEGIN.format("time.sleep, args=(60,)") + "child.start(); "
 END = "; child.join(20); result = child.exitcode"
 
 
 @pytest.mark.parametrize(
     "source, result",
     [
-        (SHELL.format("exit 7", False), 7), (SHELL.format("kill $$", False), -15),
-        (SHELL.format("exit 0", True), 0), (SLEEP + "child.terminate()" + END, -15),
-        (SLEEP + "time.sleep(0.1); os.kill(child.pid, signal.SIGINT)" + END, -2),
-        (BEGIN.format("os._exit, args=(3,)") + "child.start()" + END, 3),
+        (SHELL.format("exit 7"), 7), (SHELL.format("kill $$"), -15), (CHECK, 7),
+        (BEGIN + "child.start(); child.terminate()" + END, -15),
+        (BEGIN + "child.start(); time.sleep(0.1); os.kill(child.pid, signal.SIGINT)" + END, -2),
         (BEGIN + "with Pool(2) as pool:\n pool.apply_async(time.sleep, (60,))\n"
          " result = pool.map(abs, [-1])", [1]),
-        (BEGIN + "with Pool(2) as pool:\n result = pool.map(abs, [-3])\n pool.close()\n"
-         " pool.join()", [3]),
         (BEGIN + "with ProcessPoolExecutor(2) as pool:\n result = list(pool.map(abs, [-2]))", [2]),
     ],
 )
 def test_processes_that_a_model_starts_behave_as_in_a_script(lab, source, result):
     pid = pid_of(lab)
-    status, body, _ = lab.ask("/run", {"source": source.replace("={})", "=print)")})
+    status, body, _ = lab.ask("/predict", {"source": source})
     assert (status, json.loads(body)) == (200, result)
     assert lab.ask("/readyz")[0] == 200
     assert pid_of(lab) == pid
 
 
-def test_a_process_that_fails_is_explained_by_the_log(lab):
-    status, _, headers = lab.ask("/run", {"source": SHELL.format("exit 7", True)})
-    assert status == 500
-    wait_until(lambda: len(lines_of(lab, headers["X-Request-Id"])) == 2)
-    line, _ = lines_of(lab, headers["X-Request-Id"])
-    assert "CalledProcessError(7" in line["message"]
-
-
-FIT = "from sklearn.cluster import KMeans\nmodel = KMeans(2, n_init=1)\n"
-FIT += "data = [[float(i)] for i in range(5000)]\nmodel.fit(data)\n"
+FIT = """from sklearn.cluster import KMeans
+data, kmeans = [[float(i)] for i in range(5000)], KMeans(2, n_init=1)
+kmeans.fit(data)
+"""
 MULTIPLY = "import numpy\nones = numpy.ones((700, 700))\nones @ ones\n"
 
 
 @pytest.mark.parametrize(
     "source, init",
-    [(FIT, "model.predict(data)"), (FIT, "model.fit(data)"), (MULTIPLY, "ones @ ones")],
+    [(FIT, "kmeans.predict(data)"), (FIT, "kmeans.fit(data)"), (MULTIPLY, "ones @ ones")],
 )
 def test_what_has_run_with_openmp_before_the_fork_can_be_used_in_init(project, source, init):
     pytest.importorskip(re.search("sklearn|numpy", source).group())
@@ -2634,15 +2467,14 @@ def test_what_has_run_with_openmp_before_the_fork_can_be_used_in_init(project, s
         assert server.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
 
 
-HOLD = "import ctypes; ctypes.PyDLL(None).usleep(3_000_000); result = None"
+HOLD = "import ctypes\nfor _ in range({}): result = ctypes.PyDLL(None).usleep({}_000)"
 BACKTRACK = "import re; result = re.match('(a|a)*b', 'a' * 23)"
-OFTEN = "import ctypes; result = [ctypes.PyDLL(None).usleep(200_000) for _ in range(5)][0] or None"
 
 
-@pytest.mark.parametrize("source", [HOLD, BACKTRACK, OFTEN])
+@pytest.mark.parametrize("source", [HOLD.format(1, 3000), HOLD.format(5, 200), BACKTRACK])
 def test_what_holds_the_interpreter_for_less_than_liveness_timeout_is_let_be(lab, source):
     pid = pid_of(lab)
-    assert lab.ask("/run", {"source": source})[1] == b"null\n"
+    assert lab.ask("/predict", {"source": source})[0] == 200
     assert pid_of(lab) == pid
 
 
@@ -2660,16 +2492,9 @@ def test_preloaded_models_are_loaded_once_and_threads_beside_them_are_a_warning(
     args = "run", "gunicorn", "--preload", "--workers", "2", "--", "--log-level", "info"
     with project.serve(*args, listens=r"Listening at: http://\S+:(\d+)") as server:
         assert pid_of(server) == server.process.pid  # where init was
-        assert server.output.count("model Slow loaded in") == 1
+        assert server.output.count("model Lab loaded in") == 1
         (warning,) = lines_of(server, "WARNING")
         assert warning["message"].endswith("that --preload forks: mine")
-
-
-def test_sigterm_while_the_models_load_is_heeded(project):
-    project.write(app=APP.replace("self.model = 2", "import time; time.sleep(60)"))
-    with project.serve("run", "gunicorn", listens="loading from") as server:
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(10) == 0
 
 
 @pytest.mark.parametrize(
@@ -2688,59 +2513,23 @@ def test_linear_algebra_gets_the_cpus_of_its_worker(project, command, args, env,
 # Command line
 
 
-def test_the_version_is_shown(command):
-    assert command("--version").stdout == f"mest {mest.__version__}\n"
-
-
-FIRST = """
-from mest import GenericModel, Mest, MestConfig, Router, validate_params
-
-class Doubler(GenericModel):
-    def init(self, directory_path):
-        self.model = 2
-
-    def infer(self, x):
-        return {"y": self.model * x}
-
-X = {"x": {"type": "float", "required": True}}
-doubler, router, mest_app = Doubler(), Router("v1"), Mest(MestConfig("doubler", environ={}))
-router.add_predict_route(doubler, X)
-mest_app.register_router(url="/", router=router)
-
-@router.route("double")
-@validate_params(X)
-def double(x):
-    return 2 * x
-"""
-
-
 @pytest.mark.parametrize(
     "before, after, message",
     [
         ("self.model = 2", "open(directory_path + '/w')", r"no directory /\S+/_models: set local_"),
-        ("self.model = 2", "import nosuch", r"Doubler could not be loaded: .*; install it for /"),
-        ("from mest", "import nosuch\nfrom mest", r"app.py cannot be imported: Module.* install"),
-        ("from mest", "exit(0)\nfrom mest", r"app.py cannot be imported: SystemExit: 0"),
-        ("from mest", "x +\nfrom mest", r"app.py cannot be imported: SyntaxError: invalid syntax"),
-        ("infer(self, x)", "infer(self, x, z)", r"infer\(\) in app.py, line 8, takes 'z', which"),
-        ("infer(self, x)", "infer(self)", r"infer\(\) in app.py, line 8, does not take 'x' of the"),
-        (', "required": True', "", r"needs 'x', which requests may lack; make it required"),
-        ("(doubler, X)", "(doubler)", r"x of Doubler.infer\(\) .* has no annotation; it may be"),
-        ("(doubler, X)", "(Doubler, X)", r"the model <class .* must be an object with predict\(\)"),
-        ("@validate_params(X)\n", "", r"line 16, takes 'x', .* is @validate_params missing"),
-        ("(X)\ndef", "({'x': {'type': 'int'}})\ndef", r"the schema is wrong: .*types: int"),
-        ('"double")', '"predict")', r"POST /predict is a route already, of 'v1.predict'; give it"),
-        ('"doubler", ', '"doubler", port=5, ', r"MestConfig has no 'port'; it has .*listen_port"),
-        ('"doubler", ', '"doubler", 70000, ', r"listen_port is 70000; it must be an integer"),
-        ("@router", "b = Mest('b')\n@router", r"of Mest are mest_app, b; .* --app app.py:"),
-        (FIRST, "x = 1", r"app.py: it has no Mest; make one named mest_app"),
+        ("self.model = 2", "import nosuch", "Doubler could not be loaded: .*; install it for /"),
+        ("from mest", "import nosuch\nfrom mest", "app.py cannot be imported: Module.*; install"),
+        ("from mest", "exit(0)\nfrom mest", "app.py cannot be imported: SystemExit: 0"),
+        ("8000", "70000", "listen_port is 70000; it must be an integer from 0"),
+        ("router = ", "b = Mest('b')\nrouter = ", "Mest are mest_app, b; .* --app app.py:NAME"),
+        (APP, "x = 1", "app.py: it has no Mest; make one named mest_app"),
     ],
 )
 def test_a_mistake_is_one_message_that_names_the_cure(project, command, before, after, message):
-    assert before in FIRST
-    project.write(app=FIRST.replace(before, after, 1))
+    assert before in APP
+    project.write(app=APP.replace(before, after, 1))
     done = command("shell")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert done.returncode == 1
     *above, last = done.stderr.splitlines()
     assert re.match(f"mest: .*{message}", last)
     assert "mest.py" not in "".join(above)
@@ -2749,33 +2538,21 @@ def test_a_mistake_is_one_message_that_names_the_cure(project, command, before, 
 @pytest.mark.parametrize(
     "args, env, code, message",
     [
-        (["fly"], {}, 2, "invalid choice: 'fly'"), ([], {}, 2, "are required: COMMAND"),
-        (["run"], {}, 2, "required: SERVER"),
-        (["run", "dev", "--hots", "a"], {}, 2, "unrecognized arguments: --hots"),
-        (["run", "dev", "--workers", "2"], {}, 2, "unrecognized arguments: --workers"),
+        (["--version"], {}, 0, f"mest {mest.__version__}"), ([], {}, 2, "are required: COMMAND"),
+        (["fly"], {}, 2, "invalid choice: 'fly'"), (["run"], {}, 2, "required: SERVER"),
         (["run", "gunicorn", "--bind", "a"], {}, 2, "unrecognized arguments: --bind"),
         (["run", "gunicorn", "--", "app:app"], {}, 2, "app:app is no option; mest --app names"),
-        (["run", "dev", "--port", "70000"], {}, 1, "mest: --port is '70000'; it must be"),
+        (["run", "dev", "--port", "x"], {}, 1, "mest: --port is 'x'; it must be an integer from"),
         (["run", "gunicorn"], {"MEST_WORKERS": "x"}, 1, "mest: MEST_WORKERS is 'x'; it must be an"),
         (["--app", "app.py:other", "shell"], {}, 1, "its instances of Mest are mest_app; "),
         (["--app", "other.py", "shell"], {}, 1, "mest: there is no application other.py in /"),
-        (["--app", "no.such", "shell"], {}, 1, "mest: no.such cannot be imported: ModuleNotFound"),
     ],
 )
 def test_a_wrong_command_line_is_refused(project, command, args, env, code, message):
     project.write(app=APP)
     done = command(*args, **env)
     assert done.returncode == code
-    assert message in done.stderr.splitlines()[-1]
-
-
-def test_a_port_in_use_is_said(project):
-    project.write(app=APP)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        done = project.mest("run", "dev", "--port", port)
-    assert done.returncode == 1
-    assert f"Port {port} is in use by another program" in done.stderr
+    assert message in (done.stdout + done.stderr).splitlines()[-1]
 
 
 @pytest.mark.parametrize("package, args", [("gunicorn", ["run", "gunicorn"]), ("pytest", ["test"])])
@@ -2787,44 +2564,33 @@ def test_a_package_that_is_not_installed_is_named(project, command, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "args, env",
-    [
-        ("--app service shell", {}), ("shell --app service.py", {}),
-        ("shell", {"MEST_APP": "service"}),
-        ("--app app.py:first shell", {"MEST_APP": "nosuch.py"}), ("--app pack.web shell", {}),
-    ],
+    "args", ["--app service.py", "--app service", "--app app.py:first", "--app pack.web:mest_app"]
 )
-def test_the_application_is_found_by_file_module_and_name(project, command, args, env):
+def test_the_application_is_found_by_file_module_and_name(project, command, args):
     (project.path / "pack").mkdir()
     two = APP + "first, second = mest_app, Mest('second')\ndel mest_app\n"
     project.write(service=APP.replace("mest_app", "only"), app=two)
     project.write(**{"pack/__init__": "", "pack/web": "from . import __name__ as _\n" + APP})
-    done = command(*args.split(), stdin="print('name', mest_app.config.service_name)\n", **env)
-    assert "name doubler" in done.stdout
+    lines = "print('name', mest_app.config.service_name)\n"
+    assert "name doubler" in command("shell", *args.split(), stdin=lines).stdout
+    assert "name doubler" in command("shell", stdin=lines, MEST_APP=args[6:]).stdout
 
 
 def test_the_shell_has_the_service_at_hand(project, command):
-    project.write(app=APP)
-    lines = "print(doubler.predict(x=4), app.name)\nimport flask; print(flask.current_app.name)\n"
-    lines += "print(client.post('/predict', json={'x': 1}).json)\n"
+    project.write(app=APP + "mest_app.run()\n")
+    lines = "print(doubler.predict(x=4), app.name, client.post('/predict', json={'x': 1}).json)\n"
     done = command("shell", stdin=lines, MEST_API_KEY="a,b")
-    for text in ("{'y': 8} doubler", "doubler\n", "{'y': 2}"):
-        assert text in done.stdout
+    assert "mest_app.run() does nothing" in done.stdout
+    assert "{'y': 8} doubler {'y': 2}" in done.stdout
     assert done.stderr.startswith("doubler: doubler, mest_app, app, client\n")
 
 
 @pytest.mark.parametrize(
-    "options, code, text",
-    [
-        ("", 1, "1 failed, 1 passed"), ("-- -k one -v", 0, "test_one PASSED"),
-        ("-- -k nothing", 5, "2 deselected"), ("-- --nosuch", 4, ""),
-    ],
+    "options, code", [("", 1), ("-- -k one -v", 0), ("-- -k nothing", 5), ("-- --nosuch", 4)]
 )
-def test_mest_test_runs_pytest_with_its_arguments_and_exit_code(project, options, code, text):
+def test_mest_test_runs_pytest_with_its_arguments_and_exit_code(project, options, code):
     project.write(test_a="def test_one(): pass\ndef test_two(): assert 0\n")
-    done = project.mest("test", *options.split())
-    assert done.returncode == code
-    assert text in done.stdout
+    assert project.mest("test", *options.split()).returncode == code
 
 
 EXAMPLES = APP + """
@@ -2843,7 +2609,7 @@ def length(image=b"", n=()):
     [
         (EXAMPLES, 0, ["GET /at/3: 200", "POST /length: 201", "3 of 3 examples are answered"]),
         (EXAMPLES.replace("+ len", "* 3 + len"), 1, ["POST /length: 601", "2 of 3 examples"]),
-        (FIRST, 0, ["0 of 0 examples are answered: give routes an example={…}"]),
+        (APP.replace(', example={"x": 1}', ""), 0, ["0 of 0 examples are answered: give routes"]),
         ("import nosuch", 1, []),
     ],
 )
@@ -2866,12 +2632,8 @@ def blocks(language):
 
 def test_the_example_works(project):
     with project.serve("--app", str(HERE / "example_app.py"), "run", "gunicorn") as example:
-        status, body, _ = example.ask("/predict", {"flower": [5.1, 3.5, 1.4, 0.2]})
-        assert (status, json.loads(body)["species"]) == (200, "setosa")
-        assert example.ask("/predict", {"flower": ["a", 3.5, 1.4, 0.2]})[0] == 422
-        weights = example.ask("/species/setosa?decimals=0")[1]
-        assert weights == b'{"weights":[-0.0,2.0,-4.0,-2.0,14.0]}\n'
-        assert example.ask("/species/rose")[0] == 404
+        assert b'"setosa"' in example.ask("/predict", {"flower": [5.1, 3.5, 1.4, 0.2]})[1][:30]
+        assert example.ask("/species/setosa?decimals=0")[1].startswith(b'{"weights":[-0.0,2.0,')
 
 
 def test_the_first_service_of_the_readme_and_of_the_module_serve(project):
@@ -2886,27 +2648,100 @@ def test_the_first_service_of_the_readme_and_of_the_module_serve(project):
             assert server.ask(url, {"x": "a"})[0] == 422
 
 
-OPTIONAL = "joblib", "torch", "onnxruntime", "numpy", "PIL.Image"
-
-
 @pytest.fixture(scope="module")
 def readme(tmp_path_factory):
-    """What all of the README's Python defines, with the Mests that it makes as `services`."""
+    """What all of the README's Python defines, with its Mests, after one another, in `services`."""
     names = {name: getattr(mest, name) for name in mest.__all__} | {"__name__": "readme"}
     names |= {"flask": flask, "io": io, "json": json, "pytest": pytest, "Path": Path}
-    services, made = [], tmp_path_factory.mktemp("readme") / "_models"
-    made.mkdir()
-    (made / "words.json").write_text('{"good": 2, "bad": -1}')
-    for package in OPTIONAL:
+    optional, services = {"joblib", "numpy", "onnxruntime", "pandas", "torch"}, []
+    for package in optional:
         with contextlib.suppress(ImportError):
-            names[package.rpartition(".")[2]] = importlib.import_module(package)
-    with contextlib.chdir(made.parent):
-        for block in blocks("python"):
-            try:
-                exec(compile(block, "README.md", "exec", dont_inherit=True), names)
-            except (ImportError, NameError) as error:
-                assert error.name in " ".join(OPTIONAL)
-            services += [value for value in names.values() if isinstance(value, Mest)]
-        for service in services:
-            service.load_models()
-        yield {**names, "services": services, "directory": made}
+            names[package] = importlib.import_module(package)
+    for block in blocks("python"):
+        try:
+            exec(compile(block, "README.md", "exec", dont_inherit=True), names)
+        except (ImportError, NameError) as error:
+            assert error.name in optional
+        services += [names["mest_app"]] * (names["mest_app"] not in services)
+    folder = tmp_path_factory.mktemp("_models")
+    (folder / "words.json").write_text('{"good": 2, "bad": -1}')
+    for service in services:
+        service.config.local_model_directory_path = str(folder)
+        service.warm_up()
+    return {**names, "services": services}
+
+
+@pytest.mark.parametrize(
+    "url, sent, answer",
+    [
+        ("/sentiment", {"text": "Good bad"}, {"sentiment": "good", "score": 1}),
+        ("/words/bad?default=3", None, {"score": -1}), ("/double", {"x": 2}, {"y": 4}),
+        ("/orders", {"count": 2}, {"ordered": 2}), ("/readyz", None, {"status": "ready"}),
+    ],
+)
+def test_the_services_of_the_readme_answer(readme, url, sent, answer):
+    method, clients = "POST" if sent else "GET", [s.app.test_client() for s in readme["services"]]
+    answers = (client.open(url, json=sent, method=method) for client in clients)
+    found = [response.json for response in answers if response.status_code != 404]
+    assert (found or pytest.skip(f"there is no {url}"))[0] == answer
+
+
+def test_the_readmes_model_of_scikit_learn_works(readme, tmp_path):
+    linear = pytest.importorskip("sklearn.linear_model")
+    fitted = linear.LogisticRegression().fit([[0.0, 0, 0, 0], [1, 2, 3, 4]], [0, 1])
+    readme["joblib"].dump(fitted, tmp_path / "flowers.joblib")
+    mest_app = make(local_model_directory_path=str(tmp_path))
+    mest_app.router.add_predict_route(readme["Flowers"](), {"x": {"type": "list"}})
+    answer = mest_app.setup().app.test_client().post("/predict", json={"x": [1.0, 2, 3, 4]})
+    assert answer.json[1] > 0.5
+
+
+def test_the_dockerfile_of_the_readme_serves_as_an_unprivileged_user(project):
+    steps = [line.partition(" ")[::2] for line in blocks("dockerfile")[0].splitlines()]
+    copied = {name for step, rest in steps if step == "COPY" for name in rest.split()[:-1]}
+    assert copied == {"requirements.txt", "mest.py", "app.py", "_models"}
+    assert {("USER", "10001"), ("ENV", "PYTHONUNBUFFERED=1")} <= {*steps}
+    shutil.copy(HERE / "mest.py", project.path / "mest.py")
+    project.write(app=blocks("python")[0])
+    command = json.loads(dict(steps)["CMD"])  # the exec form, so that signals arrive
+    with project.serve(command=command[1:], PYTHONPATH="") as server:
+        assert server.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
+
+
+def test_the_manifests_of_the_readme_agree_with_the_code():
+    container = pytest.importorskip("yaml").safe_load(blocks("yaml")[0])
+    variables = {f"MEST_{field.name.upper()}" for field in MestConfig.settings()}
+    assert {variable["name"] for variable in container["env"]} <= variables
+    assert container["ports"] == [{"name": "http", "containerPort": MestConfig.listen_port}]
+    for kind, path in (("startup", "/readyz"), ("readiness", "/readyz"), ("liveness", "/livez")):
+        assert container[f"{kind}Probe"]["httpGet"] == {"path": path, "port": "http"}
+    readiness = container["readinessProbe"]
+    assert readiness["periodSeconds"] * readiness["failureThreshold"] < MestConfig.drain_seconds
+    assert container["resources"]["limits"] == container["resources"]["requests"]
+    assert container["securityContext"]["runAsNonRoot"] is True
+
+
+def test_the_configuration_table_of_the_readme_is_that_of_the_code():
+    rows = re.findall(r"\n\| `(\w+)` \| `?(.*?)`? ?\| (.*) \|", README)
+    fields = [(f.name, str(f.default), f.metadata["meaning"]) for f in MestConfig.settings()]
+    assert rows == fields
+
+
+def test_the_wheel_holds_the_module_and_nothing_else(tmp_path):
+    for name in ("mest.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(HERE / name, tmp_path / name)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, tmp_path]
+    subprocess.run(build, check=True, capture_output=True)
+    info = f"mest-{mest.__version__}.dist-info"
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        assert [name for name in wheel.namelist() if not name.startswith(info)] == ["mest.py"]
+        assert "mest = mest:main" in wheel.read(f"{info}/entry_points.txt").decode()
+        needed = re.findall(r"Dist: (\w+)(?!.*extra)", wheel.read(f"{info}/METADATA").decode())
+    assert {*map(str.lower, needed)} == {"cerberus", "flask", "gunicorn"}
+
+
+@pytest.mark.parametrize("name, most", [("README.md", 290), ("example_app.py", 60)])
+def test_the_files_are_short(name, most):
+    lines = (HERE / name).read_text().splitlines()
+    assert len(lines) <= most
+    assert max(map(len, lines)) <= 100
