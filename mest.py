@@ -683,13 +683,13 @@ def list_check(rules):
     def check(items, defaults):
         return all(check_item(item, defaults) for item in items)
 
-    def check_numbers(items, defaults):  # Optimization: 1,000 floats in 0.04 ms, alone in 0.3
-        if not items:
-            return True
-        if not kinds.issuperset(map(type, items)) or not math.isfinite(sum(items)):
+    def check_numbers(items, defaults):  # Optimization: 1,000 floats in 0.02 ms, alone in 0.3
+        if not math.isfinite(math.fsum(items)):  # which raises if one is no number, or too large
             return False
-        least, most = min(items), max(items)
-        return low <= least and most <= high and are_finite([least, most])
+        if kinds != NUMBERS and not kinds.issuperset(map(type, items)):
+            return False
+        is_free = not items or not {"min", "max"} & rules.keys()
+        return is_free or low <= min(items) and max(items) <= high
 
     others = rules.keys() - {"type", "min", "max", "meta", "required"}
     if types and types <= {"float", "integer", "number"} and not others:
@@ -779,7 +779,7 @@ class Parameters:
         try:
             if not self.check_quickly or not self.check_quickly(document, defaults):
                 return None
-        except (TypeError, OverflowError):  # of a built-in
+        except (TypeError, ValueError, OverflowError):  # of a built-in
             return None
         for place, key, value in defaults:
             place[key] = copy.deepcopy(value)
