@@ -1520,7 +1520,7 @@ class Router:
 
     def _add_own(self, url, method, endpoint):
         name = re.sub(r"\W+", "_", url.strip("/")) or "index"
-        if name in [options["endpoint"] for _, _, options in self.routes]:
+        while name in [options["endpoint"] for _, _, options in self.routes]:
             name = f"{name}_{method.lower()}"
         self._add(url, endpoint, {"methods": [method], "endpoint": name})
 
