@@ -417,8 +417,8 @@ def plain(value):
                 return items
             if kind == "f":  # a longdouble
                 return float(value)
-    kind, cure = type(value).__name__, "return a dictionary, list, number, text or array"
-    raise TypeError(f"a {kind} in the result has no form in JSON; {cure}")
+    name, cure = type(value).__name__, "return a dictionary, list, number, text or array"
+    raise TypeError(f"a {name} in the result has no form in JSON; {cure}")
 
 
 def plain_times(values):
@@ -1269,6 +1269,7 @@ def validate_params(schema: dict, example: dict | None = None) -> Callable[[Call
     variables of the path are passed along. Stands below `route`. Outside a request the handler can
     be called as if it were not decorated. The arguments are those of Parameters.
     """
+
     def decorate(handler):
         parameters = Parameters(schema, example, f"validate_params of {name_of(handler)}")
 
@@ -1779,7 +1780,7 @@ class Edge:
         self.loop.call_later(1, self.sweep)
 
     def was_swept(self):
-        """Return whether the deadline has cancelled this task, and not the server."""
+        """Return whether the deadline has cancelled this task; then it may go on."""
         task: Any = asyncio.current_task()
         return task not in self.deadlines and task.uncancel() == 0
 
@@ -1809,20 +1810,28 @@ class Edge:
             if not self.was_swept():  # the client has left
                 exchange.end(499)
                 raise
-            response = late_answer().get_response({})
+            response = self.refusal(exchange, late_answer())
         except Exception as error:
-            problem = as_problem(error, self.service, f"{exchange.method} {path}")
-            response = problem.get_response({})
+            response = self.refusal(exchange, error)
         finally:
             self.deadlines.pop(task, None)
         if response is None:  # Flask has answered
             return
-        if not isinstance(response, tuple):
-            response = response.status_code, response.get_wsgi_headers({}), response.get_data()
         status, answered, content = response
         exchange.end(status)
         await start(scope, send, status, [*answered, ("x-request-id", exchange.id)])
         await send({"type": "http.response.body", "body": content})
+
+    def refusal(self, exchange, error):
+        """Return status, headers and body of the answer to an exception."""
+        problem = as_problem(error, self.service, f"{exchange.method} {exchange.path}")
+        try:
+            response = problem.get_response({})
+            headers = response.get_wsgi_headers({})
+            "".join(itertools.chain(*headers)).encode("latin-1")
+        except ValueError as fault:  # a Problem with a header that HTTP cannot express
+            return self.refusal(exchange, RuntimeError(f"{problem!r} cannot be sent: {fault}"))
+        return response.status_code, headers, response.get_data()
 
     async def answer(self, exchange, scope, headers, receive, send):
         """Return status, headers and body of the answer, or None if Flask has sent it."""
@@ -1854,7 +1863,7 @@ class Edge:
     async def body(self, length, receive):
         """Return the body of a request, or the Problem that it is: 408 if it comes late, 413."""
         known, size, parts, more = int(length[:18]), 0, [], True
-        late = Problem(408, "The body did not come in time.")
+        late = 408, "The body did not come in time."
         task: Any = asyncio.current_task()
         try:
             while more and size <= max(MAX_READ, self.max_body_bytes):
@@ -1863,7 +1872,7 @@ class Edge:
                     await asyncio.sleep(0.05)  # the server cancels the task if the client left
                     if task.cancelling():  # which wait_for may have swallowed
                         raise asyncio.CancelledError
-                    return late
+                    return Problem(*late)
                 more, part = message.get("more_body", False), message.get("body", b"")
                 size += len(part)
                 if max(size, known) <= self.max_body_bytes:
@@ -1871,7 +1880,7 @@ class Edge:
         except asyncio.CancelledError:
             if not self.was_swept():
                 raise
-            return late
+            return Problem(*late)
         if max(size, known) > self.max_body_bytes:
             return Problem(413, f"The body is longer than {self.max_body_bytes} bytes.")
         return b"".join(parts)
@@ -1879,7 +1888,6 @@ class Edge:
     async def predict(self, endpoint, received):
         """Return a model's answer and its type; what the user has written runs in threads."""
         parameters, model = endpoint.parameters, endpoint.model
-        params = None
         if len(received.body) > LARGE:
             params = await self.call(parameters.read, received)
         else:
@@ -1935,10 +1943,9 @@ async def start(scope, send, status, headers):
     """Begin a response."""
     named = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
     wanted = dict(scope["headers"]).get(b"connection", b"").lower()
-    if scope["http_version"] == "1.0" and (wanted, b"content-length" in dict(named)) == (
-        b"keep-alive", True
-    ):
-        named.append((b"connection", b"keep-alive"))  # or the client would wait for its end
+    is_kept = wanted == b"keep-alive" and b"content-length" in dict(named)
+    if is_kept and scope["http_version"] == "1.0":  # or the client would wait for its end
+        named.append((b"connection", b"keep-alive"))
     await send({"type": "http.response.start", "status": status, "headers": named})
 
 
