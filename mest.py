@@ -32,15 +32,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import code
-import contextlib
 import copy
 import dataclasses
 import faulthandler
-import functools
 import gc
-import hashlib
 import hmac
 import importlib.util
 import inspect
@@ -57,20 +53,22 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from datetime import time as time_of_day
-from decimal import Decimal
 from enum import Enum
-from http import HTTPStatus
+from functools import cache, cached_property, lru_cache, partial, wraps
+from http import HTTPMethod
 from io import BytesIO
-from pathlib import Path, PurePath
+from pathlib import Path
 from queue import Empty, SimpleQueue
+from threading import current_thread
+from time import monotonic, sleep
 from types import SimpleNamespace, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from urllib.parse import parse_qs, unquote_to_bytes
@@ -81,6 +79,7 @@ import flask
 from flask import current_app, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import is_running_from_reloader, run_simple
+from werkzeug.test import run_wsgi_app
 
 __version__ = "0.2.0"
 __all__ = [
@@ -95,33 +94,32 @@ class MestError(Exception):
     """A mistake in the use of Mest. The message says what is wrong, where, and what to do."""
 
 
-class Problem(MestError, HTTPException):
+class Problem(HTTPException):
     """An answer that reports an error, as problem details (RFC 9457). A handler may raise it.
 
     Args:
         status: the HTTP status, such as 422.
         detail: what went wrong, for the client to read.
-        errors: Cerberus's errors, by field.
         headers: further headers, such as {"Retry-After": "1"}.
-        **members: further members of the answer, which are JSON.
+        **members: further members of the answer, which are JSON, such as `errors` by field.
     """
 
     def __init__(
-        self, status: int, detail: str, errors: dict | None = None, headers: dict | None = None,
+        self,
+        status: int,
+        detail: str,
+        headers: dict | None = None,
         **members: Any,
     ):
-        if not (isinstance(status, int) and 400 <= status < 600 and isinstance(detail, str)):
-            raise TypeError(f"Problem needs a status from 400 to 599 and text, not {status!r}")
-        HTTPException.__init__(self, detail)
-        self.code, self.headers = int(status), headers or {}
-        self.members = members if errors is None else {"errors": errors, **members}
+        super().__init__(detail)
+        self.code, self.headers, self.members = status, headers or {}, members
 
     def get_body(self, environ=None, scope=None):
         body = {"type": "about:blank", "title": self.name, "status": self.code}
         body["detail"] = self.description
         if exchange := EXCHANGE.get():
             body["request_id"] = exchange.id
-        return json.dumps(body | self.members, default=str, skipkeys=True) + "\n"
+        return json.dumps(body | self.members, default=str) + "\n"
 
     def get_headers(self, environ=None, scope=None):
         return [("Content-Type", "application/problem+json"), *self.headers.items()]
@@ -137,9 +135,10 @@ def as_problem(error, service, asked):
         service.logger.error("%s failed: %r", asked, error, exc_info=error)
         flask.got_request_exception.send(service.app, exception=error)
         return Problem(500, "The service failed. Its log says why, under this request_id.")
-    if isinstance(error, Problem) or error.response is not None or (error.code or 0) < 400:
+    if isinstance(error, Problem) or error.response or (error.code or 0) < 400:
         return error
-    headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
+    headers = dict(error.get_headers())
+    del headers["Content-Type"]
     return Problem(error.code or 500, error.description or error.name, headers=headers)
 
 
@@ -149,22 +148,35 @@ def report(error):
     return "".join([*lines, f"mest: {error}"])
 
 
+def cause_of(error):
+    """Return what went wrong in the user's code, in a line."""
+    cure = f"; install it for {sys.executable}" if isinstance(error, ImportError) else ""
+    return f"{type(error).__name__}: {error}{cure}"
+
+
+def require_instance(model, method, place):
+    """Raise a MestError unless a model is an object with a method, and not a class."""
+    if isinstance(model, type) or not callable(getattr(model, method, None)):
+        cure = f"it must be an instance of GenericModel, or another object with {method}()"
+        raise MestError(f"{place} has {model!r}; {cure}")
+
+
 # Configuration
 
 
 def available_cpus():
-    """Return how many CPUs this process may use: its container's quota, or its own CPU set."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # there is no cgroup (version 2), or no limit
+    """Return how many CPUs this process may use: its container's quota, or all there are."""
+    try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cpus = min(cpus, max(1, int(quota) // int(period)))
-    return cpus
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # there is no cgroup (version 2), or no limit
+        return os.cpu_count() or 1
 
 
-def setting(default: Any, allowed: Any, meaning: str, **options: Any) -> Any:
+def setting(default, allowed, meaning, repr=True):
     """Return a field of the configuration: its default, what is allowed, and what it means."""
     metadata = {"allowed": allowed, "meaning": meaning}
-    return dataclasses.field(default=default, metadata=metadata, **options)
+    return dataclasses.field(default=default, metadata=metadata, repr=repr)
 
 
 @dataclasses.dataclass
@@ -217,7 +229,7 @@ class MestConfig:
     log_format: str = setting("auto", ("auto", "json", "text"), "auto: text on a terminal")
     environ: dataclasses.InitVar[Mapping[str, str] | None] = None
 
-    def __new__(cls, *args: Any, **fields: Any) -> MestConfig:
+    def __new__(cls, *args, **fields):
         for name in fields.keys() - cls.__dataclass_fields__.keys():
             known = ", ".join(cls.__dataclass_fields__)
             raise MestError(f"MestConfig has no {name!r}; it has {known}")
@@ -225,30 +237,24 @@ class MestConfig:
 
     def __post_init__(self, environ):
         environ = os.environ if environ is None else environ
-        if not isinstance(self.service_name, str) or not re.fullmatch(r".*\S.*", self.service_name):
-            raise MestError(f"service_name is {self.service_name!r}; it must be a line of text")
-        if not isinstance(self.models_instances, (list, tuple)):
-            raise MestError(f"models_instances is {self.models_instances!r}; it must be a list")
+        if not isinstance(self.service_name, str) or not self.service_name.strip():
+            raise MestError(f"service_name is {self.service_name!r}; it must be text")
         for model in self.models_instances:
-            if isinstance(model, type) or not callable(getattr(model, "init", None)):
-                needed = "an instance of GenericModel, or an object with init(directory_path)"
-                raise MestError(f"models_instances has {model!r}; it must be {needed}")
+            require_instance(model, "init", "models_instances")
         for field in self.settings():
             source, value = field.name, getattr(self, field.name)
             variable = f"MEST_{source.upper()}"
             if environ.get(variable):
                 source, value = variable, environ[variable]
             setattr(self, field.name, self.convert(field, value, source))
-        if not re.fullmatch(r"([!-+\--~]+(, *[!-+\--~]+)*)?", self.api_key):
-            raise MestError("api_key must be keys of visible ASCII, with commas between them")
 
     @classmethod
-    def settings(cls) -> list[dataclasses.Field]:
+    def settings(cls):
         """Return the fields that the environment may set, with `allowed` and `meaning`."""
         return [field for field in dataclasses.fields(cls) if field.metadata]
 
     @staticmethod
-    def convert(field: dataclasses.Field, value: Any, source: str) -> Any:
+    def convert(field, value, source):
         """Return what a value, or the text for it, means for a field, or raise a MestError."""
         allowed, text = field.metadata["allowed"], str(value)
         if field.name == "workers" and text == "auto":
@@ -265,20 +271,21 @@ class MestConfig:
             options = {"1": True, "true": True, "0": False, "false": False}
             if allowed is not bool:
                 options = {option.lower(): option for option in allowed}
-            needed = "true or false" if allowed is bool else " or ".join(allowed)
+            needed = " or ".join(options)
             if text.lower() in options:
                 return options[text.lower()]
-        shown = repr(value) if field.repr else "unusable"
-        raise MestError(f"{source} is {shown}; it must be {needed} ({field.metadata['meaning']})")
+        raise MestError(f"{source} is {value!r}; it must be {needed} ({field.metadata['meaning']})")
 
 
 # Logging
 
-#: Characters that end lines or drive terminals, and what is written for them: nobody's input may
-#: forge a line.
-CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
 #: What each record has; all else came with `extra`.
 RECORD_MEMBERS = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
+
+
+def visible(text):
+    """Return a text without what ends lines or drives terminals: no input may forge a line."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class LogFormatter(logging.Formatter):
@@ -300,22 +307,10 @@ class LogFormatter(logging.Formatter):
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         if not self.is_json:
             lines = [" ".join(map(str, line.values())), *trace.splitlines()]
-            return "\n    ".join(text.translate(CONTROLS) for text in lines)
+            return "\n    ".join(map(visible, lines))
         if trace:
             line["traceback"] = trace
-        try:
-            return json.dumps(line, default=str, allow_nan=False)
-        except (TypeError, ValueError, RecursionError):
-            known = (str, int)
-            return json.dumps({k: v if isinstance(v, known) else str(v) for k, v in line.items()})
-
-
-def log_handler(config):
-    """Return a handler that writes lines to stdout, as the configuration wants them."""
-    handler = logging.StreamHandler(sys.stdout)
-    is_json = config.log_format == "json" or not sys.stdout.isatty()
-    handler.setFormatter(LogFormatter(is_json and config.log_format != "text"))
-    return handler
+        return json.dumps(line, default=str, skipkeys=True)
 
 
 def set_up_logging(config):
@@ -325,7 +320,10 @@ def set_up_logging(config):
     """
     logger = logging.getLogger(config.service_name)
     others = [h for h in logger.handlers if not isinstance(h.formatter, LogFormatter)]
-    logger.handlers = [*others, log_handler(config)]
+    handler = logging.StreamHandler(sys.stdout)
+    is_json = config.log_format == "json" or not sys.stdout.isatty()
+    handler.setFormatter(LogFormatter(is_json and config.log_format != "text"))
+    logger.handlers = [*others, handler]
     logger.propagate = False
     logger.setLevel(config.log_level)
     return logger
@@ -351,16 +349,12 @@ def decode_object(body):
     Raises:
         Problem: 400, or 422 where it is JSON but no object, saying what is wrong.
     """
-    if not body.strip():
-        raise Problem(400, "The body is empty; send a JSON object with the parameters.")
     try:
         text = body.decode("utf-8-sig")  # a byte order mark may be ignored: section 8.1
         value = DECODER.decode(text)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # fails on a lone surrogate
-    except RecursionError:
-        raise Problem(400, f"The body is nested deeper than {MAX_DEPTH} levels.") from None
-    except (ValueError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError, RecursionError) as error:
         raise Problem(400, f"The body is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
         raise Problem(422, "The body is JSON, but no object; send an object with the parameters.")
@@ -397,41 +391,21 @@ def plain(value):
     """Return what stands for an object in JSON, or raise a TypeError: for the encoder."""
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, (UUID, PurePath)):
+    if isinstance(value, UUID):
         return str(value)
-    if isinstance(value, Decimal):
-        return int(value) if value == int(value) else float(value)
+    if isinstance(value, (date, time_of_day)):
+        return value.isoformat()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, (date, time_of_day, timedelta)):
-        if value != value:
-            raise ArithmeticError("NaT")  # pandas's
-        return value.total_seconds() if isinstance(value, timedelta) else value.isoformat()
+        return dataclasses.asdict(value)
     kind = getattr(getattr(value, "dtype", None), "kind", "")
-    if kind in ("m", "M") and not hasattr(value, "to_list"):  # which pandas's have
-        return plain_times(value)
-    for method in ("tolist", "item"):  # of arrays and their scalars
-        if hasattr(value, method) and kind != "V":  # records may have times within
-            items = getattr(value, method)()
-            if type(items) is not type(value):
-                return items
-            if kind == "f":  # a longdouble
-                return float(value)
+    if kind == "M" and not hasattr(value, "to_list"):  # numpy's times, not pandas's
+        return value.astype(str).tolist()
+    for method in ("tolist", "item") if kind != "m" else ():  # of arrays and their scalars
+        items = getattr(value, method, lambda: value)()
+        if type(items) is not type(value):
+            return items
     name, cure = type(value).__name__, "return a dictionary, list, number, text or array"
     raise TypeError(f"a {name} in the result has no form in JSON; {cure}")
-
-
-def plain_times(values):
-    """Return ISO 8601 for numpy's datetimes, of any unit, and its durations as timedeltas."""
-    if (values != values).any():
-        raise ArithmeticError("NaT")
-    if values.dtype.kind == "M":
-        return values.astype(str).tolist()
-    durations = values.astype("m8[us]")
-    is_exact = not (durations.astype(values.dtype) != values).any()
-    if not is_exact or re.search(r"8(\[\d*[YM]\])?$", values.dtype.str):
-        raise TypeError(f"a {values.dtype} is no whole number of microseconds")
-    return durations.tolist()
 
 
 ENCODER = json.JSONEncoder(
@@ -447,30 +421,9 @@ def encode(result):
         TypeError: something in it has no JSON form.
     """
     try:
-        try:
-            text = ENCODER.encode(result)
-        except TypeError:  # perhaps for its keys, which the encoder does not convert
-            text = ENCODER.encode(with_plain_keys(result))
-        return text.encode() + b"\n"
+        return ENCODER.encode(result).encode() + b"\n"
     except (ValueError, ArithmeticError) as error:
         raise ArithmeticError(f"{error}; NaN and infinity have no form in JSON") from None
-
-
-def with_plain_keys(value):
-    """Return the value with keys of dictionaries that the encoder takes."""
-    if dataclasses.is_dataclass(value):
-        value = plain(value)
-    if isinstance(value, dict):
-        known = (str, int, float, type(None))
-        items = {}
-        for key, item in value.items():
-            while not isinstance(key, known):
-                key = plain(key)
-            items[key] = with_plain_keys(item)
-        if len(items) < len(value):
-            raise TypeError("two keys of a dictionary are the same in JSON")
-        return items
-    return [*map(with_plain_keys, value)] if isinstance(value, (list, tuple)) else value
 
 
 # Parameters
@@ -489,7 +442,6 @@ class Received(NamedTuple):
 
     method: str
     content_type: str
-    coding: str
     query: bytes
     body: bytes
     variables: dict[str, Any]
@@ -497,7 +449,7 @@ class Received(NamedTuple):
     form: dict[str, list] | None = None
 
 
-@functools.lru_cache(64)
+@lru_cache(64)
 def media_type_of(content_type):
     """Return the media type in a Content-Type, such as text/csv."""
     return content_type.partition(";")[0].strip().lower()
@@ -518,28 +470,21 @@ def decode(received):
         return {**fields, **received.form}, {}
     if not received.body and not (is_json and received.method in BODY_METHODS):
         return fields, {}
-    if received.coding not in ("", "identity"):
-        raise Problem(415, f"The body is encoded with {received.coding}; send it uncompressed.")
     if not is_json:
-        kind = f"of type {media_type}" if media_type else "without a Content-Type"
         cure = "send a JSON object as application/json, or a form"
-        raise Problem(415, f"The body is {kind}; {cure}.")
+        raise Problem(415, f"The body is of the Content-Type {media_type or 'none'!r}; {cure}.")
     return fields, decode_object(received.body)
 
 
 def resolved(rules):
-    """Return a set of rules, which a schema may give by its name in Cerberus's registry, or not."""
-    return (cerberus.rules_set_registry.get(rules) if isinstance(rules, str) else rules) or {}
-
-
-def as_list(value):
-    """Return what may be given as one or as several as a list."""
-    return [*value] if isinstance(value, (list, tuple, set, frozenset, dict)) else [value]
+    """Return a set of rules, or none if a schema gives only its name in Cerberus's registry."""
+    return rules if isinstance(rules, Mapping) else {}
 
 
 def types_of(rules):
-    """Return the types that a set of rules allows."""
-    return as_list(resolved(rules).get("type", ()))
+    """Return the types that a set of rules allows, one or several, as a list."""
+    types = resolved(rules).get("type", ())
+    return [types] if isinstance(types, str) else [*types]
 
 
 def convert_text(text, rules):
@@ -560,10 +505,15 @@ def convert_text(text, rules):
 
 
 class Validator(cerberus.Validator):
-    """Cerberus's validator for documents from strangers. It is not thread-safe: one a document."""
+    """Cerberus's validator for documents from strangers. It is not thread-safe: one a document.
+
+    `errors_left` is a list with the number of errors that it and its children may still note.
+    """
 
     def _error(self, *args):
-        if len(self._errors) < MAX_ERRORS:  # the verdict stands
+        left = self._config.get("errors_left", [MAX_ERRORS])
+        if left[0] > 0 or not self._errors:  # one is enough for the verdict
+            left[0] -= len(args) == 1  # a list of one; other calls end in this one
             super()._error(*args)
 
     def _normalize_default(self, mapping, schema, field):
@@ -571,67 +521,27 @@ class Validator(cerberus.Validator):
         mapping[field] = copy.deepcopy(schema[field]["default"])  # a handler may change it
 
 
-#: Cerberus's types as Python's.
-TYPES: dict[str, set[type]] = {
-    "binary": {bytes, bytearray}, "boolean": {bool}, "dict": {dict}, "float": {int, float, bool},
-    "integer": {int, bool}, "list": {list}, "number": {int, float}, "string": {str},
-}
-NUMBERS = TYPES["float"]
-#: Rules, and what makes a test of a value for their constraint.
-TESTS: dict[str, Callable] = {
-    "minlength": lambda least: lambda value: len(value) >= least,
-    "maxlength": lambda most: lambda value: len(value) <= most,
-    "min": lambda least: functools.partial(operator.le, least),
-    "max": lambda most: functools.partial(operator.ge, most),
-    "allowed": lambda values: frozenset(values).__contains__,
-    "regex": lambda pattern: re.compile(pattern.removesuffix("$") + "$").match,
-}
-#: The rules that a check can be written for, by the types of what they are about.
-CHECKED: list[tuple[set[type], set[str]]] = [
-    ({dict}, {"schema", "valuesrules"}),
-    ({list}, {"minlength", "maxlength", "schema", "items"}),
-    ({str}, {"minlength", "maxlength", "regex", "allowed"}),
-    (NUMBERS, {"min", "max", "allowed"}),
-]
-MISSING = object()
-
-
 class UncheckableError(Exception):
     """A schema is left to Cerberus."""
 
 
 def value_check(rules):
-    """Return a function that tells whether Cerberus surely accepts a value, by these rules.
-
-    It takes the value and a list to which it adds the defaults that are to be filled in: where,
-    under which key, and what.
-    """
-    if not isinstance(rules, Mapping) or not TYPES.keys() >= {*types_of(rules)}:
+    """Return a function that tells whether Cerberus surely accepts a value, by these rules."""
+    name, *others = types_of(rules) or [None]
+    if others or name not in CHECKED:
         raise UncheckableError
-    types = {kind for name in types_of(rules) or TYPES for kind in TYPES[name]}
-    others = rules.keys() - {"type", "required", "nullable", "default", "meta"}
-    tests = [TESTS[rule](rules[rule]) for rule in others if rule in TESTS]
-    checked = next((checked for kinds, checked in CHECKED if types <= kinds), set())
-    if others - checked or len(others - TESTS.keys()) > 1:
+    types, makers = CHECKED[name]
+    used = rules.keys() - {"type", "required", "nullable", "meta"}
+    if not used <= makers.keys():
         raise UncheckableError
-    check_within: Callable | None = None
-    if "items" in others:
-        check_within = tuple_check(rules["items"])
-    elif "valuesrules" in others:
-        check_values = list_check(rules["valuesrules"])
-
-        def check_within(value, defaults):
-            return check_values([*value.values()], defaults)
-
-    elif "schema" in others:
-        check_within = (dict_check if types == {dict} else list_check)(rules["schema"])
-    elif types <= NUMBERS:
+    tests = [makers[rule](rules[rule]) for rule in used]
+    if types <= NUMBERS:
         tests.append(math.isfinite)
-    elif types & {dict, list, int}:
+    elif name in ("dict", "list") and "schema" not in used:
         tests.append(lambda value: not fault_of(value))
     is_nullable = bool(rules.get("nullable"))
 
-    def check(value, defaults):
+    def check(value):
         if value is None:
             return is_nullable
         if type(value) not in types:
@@ -639,7 +549,7 @@ def value_check(rules):
         for test in tests:
             if not test(value):
                 return False
-        return not check_within or check_within(value, defaults)
+        return True
 
     return check
 
@@ -648,27 +558,15 @@ def dict_check(schema):
     """Return the same for a dictionary with these fields."""
     if not isinstance(schema, Mapping):
         raise UncheckableError
-    known, fields = frozenset(schema), []
-    for field, rules in schema.items():
-        check_field, default = value_check(rules), MISSING
-        if "default" in rules:  # as Cerberus fills it
-            filled = Validator({field: {**rules, "required": False}})
-            if not filled.validate({}):
-                raise ValueError(f"it refuses its own default: {filled.errors}")
-            default = filled.document[field]
-        fields.append((field, check_field, rules.get("required"), default))
+    known = frozenset(schema)
+    checks = [(field, value_check(rules)) for field, rules in schema.items()]
+    required = {field for field, rules in schema.items() if rules.get("required")}
 
-    def check(document, defaults):
-        if not known.issuperset(document):
+    def check(document):
+        if not known.issuperset(document) or not required.issubset(document):
             return False
-        for field, check_field, is_required, default in fields:
-            value = document.get(field, MISSING)
-            if value is not MISSING:
-                if not check_field(value, defaults):
-                    return False
-            elif default is not MISSING:
-                defaults.append((document, field, default))
-            elif is_required:
+        for field, check_field in checks:
+            if field in document and not check_field(document[field]):
                 return False
         return True
 
@@ -677,37 +575,44 @@ def dict_check(schema):
 
 def list_check(rules):
     """Return the same for a list, about each of its items."""
-    check_item, types = value_check(rules), {*types_of(rules)}
+    check_item = value_check(rules)
+    types, used = CHECKED[types_of(rules)[0]][0], rules.keys() - {"type", "meta", "required"}
     low, high = rules.get("min", -math.inf), rules.get("max", math.inf)
 
-    def check(items, defaults):
-        return all(check_item(item, defaults) for item in items)
-
-    def check_numbers(items, defaults):  # Optimization: 1,000 floats in 0.02 ms, alone in 0.3
-        if not math.isfinite(math.fsum(items)):  # which raises if one is no number, or too large
+    def check_numbers(items):
+        if not math.isfinite(math.hypot(*items)):  # which raises if one is no number, or too large
             return False
-        if kinds != NUMBERS and not kinds.issuperset(map(type, items)):
+        if types != NUMBERS and not types.issuperset(map(type, items)):
             return False
-        is_free = not items or not {"min", "max"} & rules.keys()
-        return is_free or low <= min(items) and max(items) <= high
+        return not used or not items or (low <= min(items) and max(items) <= high)
 
-    others = rules.keys() - {"type", "min", "max", "meta", "required"}
-    if types and types <= {"float", "integer", "number"} and not others:
-        kinds = {kind for name in types for kind in TYPES[name]}
-        return check_numbers
-    return check
+    if types <= NUMBERS and used <= {"min", "max"}:
+        return check_numbers  # Optimization: 1,000 floats in 0.01 ms, and one by one in 0.3
+    return lambda items: all(map(check_item, items))
 
 
-def tuple_check(items):
-    """Return the same for a list with just these items."""
-    checks = [*map(value_check, items)]
-
-    def check(values, defaults):
-        if len(values) != len(checks):
-            return False
-        return all(check(value, defaults) for check, value in zip(checks, values, strict=True))
-
-    return check
+NUMBERS = {int, float, bool}
+LENGTHS = {
+    "minlength": lambda least: lambda value: len(value) >= least,
+    "maxlength": lambda most: lambda value: len(value) <= most,
+}
+ALLOWED = {"allowed": lambda values: frozenset(values).__contains__}
+LIMITS = {
+    "min": lambda least: partial(operator.le, least),
+    "max": lambda most: partial(operator.ge, most),
+}
+REGEX = {"regex": lambda pattern: re.compile(pattern.removesuffix("$") + "$").match}
+#: Cerberus's types: what Python calls them, and the rules for which there is a check.
+CHECKED: dict[str, Any] = {
+    "binary": ({bytes, bytearray}, {}),
+    "boolean": ({bool}, {}),
+    "dict": ({dict}, {"schema": dict_check}),
+    "float": (NUMBERS, LIMITS | ALLOWED),
+    "integer": ({int, bool}, LIMITS | ALLOWED),
+    "list": ({list}, LENGTHS | {"schema": list_check}),
+    "number": ({int, float}, LIMITS | ALLOWED),
+    "string": ({str}, LENGTHS | ALLOWED | REGEX),
+}
 
 
 class Parameters:
@@ -722,17 +627,19 @@ class Parameters:
         MestError: the schema is wrong, or refuses a default of its own, or the example.
     """
 
-    def __init__(self, schema: dict, example: dict | None, owner: str):
-        self.example, self.check_quickly = example, None
+    def __init__(self, schema, example, owner):
+        self.example, self.check_quickly, self.defaults = example, None, {}
         try:
-            if not isinstance(schema, dict):
-                raise TypeError(f"it is {schema!r}, and must be like {{'x': {{'type': 'float'}}}}")
-            self.schema = Validator(own_copy(schema)).schema
-            with contextlib.suppress(UncheckableError, RecursionError):
-                self.check_quickly = dict_check(self.schema)
-            defaults = Validator(self.schema)
-            if not defaults.validate({}, update=True):
-                raise ValueError(f"it refuses its own default: {defaults.errors}")
+            self.schema = Validator(schema).schema
+            validator = Validator(self.schema)
+            if not validator.validate({}, update=True):
+                raise ValueError(f"it refuses its own default: {validator.errors}")
+            with suppress(UncheckableError, RecursionError):
+                fields = {field: dict(resolved(own)) for field, own in self.schema.items()}
+                for field, rules in fields.items():
+                    if "default" in rules:
+                        self.defaults[field] = rules.pop("default")
+                self.check_quickly = dict_check(fields)
         except Exception as error:  # Cerberus stumbles over some mistakes
             manual = "see https://docs.python-cerberus.org/validation-rules.html"
             raise MestError(f"{owner}: the schema is wrong: {error}; {manual}") from None
@@ -740,15 +647,14 @@ class Parameters:
             try:
                 self.check(copy.deepcopy(example))
             except Exception as error:
-                refused = isinstance(error, Problem) and error.members.get("errors")
-                reason = f"the schema refuses its example: {refused or error}"
-                raise MestError(f"{owner}: {reason}") from None
+                refused = getattr(error, "members", {}).get("errors") or error
+                raise MestError(f"{owner}: the schema refuses its example: {refused}") from None
 
-    def read(self, received: Received) -> dict[str, Any]:
+    def read(self, received):
         """Return the checked parameters of a request, and the variables of its path."""
         return received.variables | self.check(self.document(received))
 
-    def document(self, received: Received) -> dict[str, Any]:
+    def document(self, received):
         """Return what is to be checked: query or form, over that JSON, over that the path.
 
         Of the variables of the path those that the schema names, which are taken out of them.
@@ -760,32 +666,28 @@ class Parameters:
         known = {name: [variables.pop(name)] for name in variables.keys() & self.schema.keys()}
         return self.from_text(fields) | values | self.from_text(known)
 
-    def from_text(self, fields: dict[str, list]) -> dict[str, Any]:
+    def from_text(self, fields):
         """Return the fields of a query or form, converted from text to what their rules ask for."""
-        document: dict[str, Any] = {}
+        document = {}
         for name, values in fields.items():
             rules = resolved(self.schema.get(name))
             if "list" in types_of(rules):
-                rest = itertools.repeat(rules.get("schema"))
-                items = itertools.chain(rules.get("items", ()), rest)
-                document[name] = list(map(convert_text, values, items))
+                document[name] = [convert_text(value, rules.get("schema")) for value in values]
             else:
                 document[name] = convert_text(values[0], rules) if len(values) == 1 else values
         return document
 
-    def quick(self, document: dict[str, Any]) -> dict[str, Any] | None:
+    def quick(self, document):
         """Return the document with its defaults, or None if only Cerberus can tell."""
-        defaults: list[tuple] = []
+        if lacking := self.defaults.keys() - document:
+            filled = {name: copy.deepcopy(self.defaults[name]) for name in lacking}
+            document = document | filled
         try:
-            if not self.check_quickly or not self.check_quickly(document, defaults):
-                return None
+            return document if self.check_quickly and self.check_quickly(document) else None
         except (TypeError, ValueError, OverflowError):  # of a built-in
             return None
-        for place, key, value in defaults:
-            place[key] = copy.deepcopy(value)
-        return document
 
-    def check(self, document: dict[str, Any]) -> dict[str, Any]:
+    def check(self, document):
         """Return the document as Cerberus normalizes it: with defaults, coerced, renamed.
 
         Raises:
@@ -796,10 +698,7 @@ class Parameters:
             return checked
         if fault := fault_of(document):
             raise Problem(400, f"The body {fault}.")
-        unknown = [name for name in document if name not in self.schema]
-        for name in unknown[MAX_ERRORS:]:
-            del document[name]
-        validator = Validator(self.schema)
+        validator = Validator(self.schema, errors_left=[MAX_ERRORS])
         try:
             is_valid = validator.validate(document)
         except Exception as error:
@@ -808,28 +707,10 @@ class Parameters:
                 raise  # a function in the schema: a defect of the service
             raise Problem(422, f"The parameters cannot be checked: {error}.", errors={}) from None
         if not is_valid:
-            listed = at_most(validator.errors, [MAX_ERRORS])
-            raise Problem(422, "The parameters are not valid.", errors=listed)
+            raise Problem(422, "The parameters are not valid.", errors=validator.errors)
         if fault := fault_of(validator.document):  # coercion may have made it
             raise Problem(422, f"A parameter {fault}.", errors={})
         return validator.document
-
-
-def own_copy(schema):
-    """Return a schema that its owner cannot change, with his functions and objects themselves."""
-    if isinstance(schema, dict):
-        return {key: own_copy(value) for key, value in schema.items()}
-    return [own_copy(value) for value in schema] if isinstance(schema, list) else schema
-
-
-def at_most(errors, left):
-    """Return Cerberus's errors without those beyond the number left, which this counts down."""
-    if isinstance(errors, dict):
-        return {name: at_most(some, left) for name, some in errors.items() if left[0] > 0}
-    if isinstance(errors, list):
-        return [at_most(some, left) for some in errors if left[0] > 0]
-    left[0] -= 1
-    return errors
 
 
 #: What Python's types are called in Cerberus's schemas.
@@ -837,19 +718,17 @@ PYTHON_TYPES = {
     bool: "boolean", bytes: "binary", dict: "dict", float: "number", int: "integer", list: "list",
     str: "string",
 }
-ANNOTATIONS = "bool, int, float, str, bytes, list[…], dict[str, …], Literal[…] or … | None"
+ANNOTATIONS = "bool, int, float, str, bytes, dict, list[…], Literal[…] or … | None"
 
 
 def rules_of(annotation):
     """Return the rules that an annotation stands for, or raise an error if it is for none."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        types = {PYTHON_TYPES[type(value)] for value in arguments}
-        return {"type": sorted(types), "allowed": [*arguments]}
+        (name,) = {PYTHON_TYPES[type(value)] for value in arguments}
+        return {"type": name, "allowed": [*arguments]}
     if origin is list:
         return {"type": "list", "schema": rules_of(*arguments)}
-    if origin is dict and arguments[0] is str:
-        return {"type": "dict", "valuesrules": rules_of(arguments[1])}
     if origin in (Union, UnionType):
         (other,) = {*arguments} - {type(None)}
         return {**rules_of(other), "nullable": True}
@@ -857,11 +736,8 @@ def rules_of(annotation):
 
 
 def name_of(function):
-    """Return the name of a function for messages, with where it is, if that can be known."""
-    name = getattr(function, "__qualname__", None) or repr(function)
-    source = getattr(inspect.unwrap(function), "__code__", None)
-    where = f" in {os.path.basename(source.co_filename)}" if source else ""
-    return f"{name}(){where}, line {source.co_firstlineno}" if source else name
+    """Return the name of a function for messages."""
+    return getattr(function, "__qualname__", repr(function)) + "()"
 
 
 def schema_of(function):
@@ -870,61 +746,57 @@ def schema_of(function):
     Raises:
         MestError: an argument has no annotation, or none of ANNOTATIONS.
     """
-    names, schema = getattr(inspect.unwrap(function), "__globals__", {}), {}
-    for name, argument in inspect.signature(function).parameters.items():
+    schema = {}
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except Exception:  # annotations may be anything
+        signature = inspect.signature(function)
+    for name, argument in signature.parameters.items():
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             continue
-        annotation = argument.annotation
         try:
-            if isinstance(annotation, str):
-                annotation = eval(annotation, names)
-            schema[name] = rules_of(annotation)
-        except Exception:  # annotations may be anything
-            fault = f"the annotation {annotation}"
-            if annotation is argument.empty:
-                fault = "no annotation"
-            cure = f"it may be {ANNOTATIONS}, or give a schema"
-            raise MestError(f"{name} of {name_of(function)} has {fault}; {cure}") from None
+            rules = rules_of(argument.annotation)
+        except Exception:
+            cure = f"annotate it with {ANNOTATIONS}, or give a schema"
+            raise MestError(f"{name_of(function)} has the argument {argument}; {cure}") from None
         if argument.default is argument.empty:
-            schema[name]["required"] = True
+            rules["required"] = True
         else:
-            schema[name]["default"] = argument.default
+            rules["default"] = argument.default
         if argument.default is None:
-            schema[name]["nullable"] = True
+            rules["nullable"] = True
+        schema[name] = rules
     return schema
 
 
-def check_arguments(function, schema, variables):
-    """Raise a MestError unless a function can take the fields of a schema and an url's variables.
+#: A variable in an url of Flask's, such as <int:user>.
+VARIABLE = re.compile(r"<(?:[^<>]*:)?(\w+)>")
+
+
+def check_arguments(function, schema, url, defaults):
+    """Raise a MestError unless a function can take a schema's fields, and what its url gives.
 
     Otherwise a request would find it out, and get an answer with the status 500.
     """
-    try:
-        arguments = inspect.signature(function, follow_wrapped=False).parameters.values()
-    except (TypeError, ValueError):  # it is built in
-        return
     rules = {field: resolved(own) for field, own in schema.items()}
     used = set().union(*rules.values())
-    if used & {"rename", "rename_handler", "readonly"}:
-        return  # what is given has other names
-    sure, given = {*variables}, rules.keys() | variables
-    for field, own in rules.items():
-        is_required = own.get("required") and "excludes" not in used
-        if is_required or own.keys() & {"default", "default_setter"}:
-            sure.add(field)
-    named = {a.name: a for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)}
-    needed = {name for name, argument in named.items() if argument.default is argument.empty}
-    takes_all = any(argument.kind is argument.VAR_KEYWORD for argument in arguments)
-    fault = ""
-    for name in sorted(set() if takes_all else given - named.keys()):
-        fault = f"does not take {name!r} of the schema or url; add it to the arguments"
-    for name in sorted(needed & given - sure):
-        fault = f"needs {name!r}, which requests may lack; make it required, or give it a default"
-    for name in sorted(needed - given):
-        cure = "add it to one of them" if schema else "is @validate_params missing below the route?"
-        fault = f"takes {name!r}, which is neither in the schema nor in the url; {cure}"
-    if fault:
-        raise MestError(f"{name_of(function)}, {fault}")
+    if used & {"rename", "rename_handler", "readonly", "excludes"}:
+        return  # what is given has other names, or none
+    variables = {*VARIABLE.findall(url), *defaults}
+    sure = [
+        field for field, own in rules.items()
+        if own.get("required") or own.keys() & {"default", "default_setter"}
+    ]
+    for given in ({*rules, *variables}, {*sure, *variables}):
+        try:
+            inspect.signature(function, follow_wrapped=False).bind(**dict.fromkeys(given))
+        except TypeError as error:
+            cure = "match its arguments with the schema, what of that is required, and the url"
+            if not schema:
+                cure = "is @validate_params missing below the route?"
+            raise MestError(f"{name_of(function)} does not fit the route {url}: {error}; {cure}") from None
+        except ValueError:  # it is built in
+            return
 
 
 # Requests
@@ -933,8 +805,6 @@ def check_arguments(function, schema, variables):
 IDS = random.Random()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=IDS.seed)
-#: Those of RFC 9110, and PATCH of RFC 5789. Clients may make up others, which metrics do not list.
-METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
 
 
 class Exchange:
@@ -942,21 +812,22 @@ class Exchange:
 
     def __init__(self, service, method, path, sent_id):
         self.service, self.method, self.path, self.route = service, method, path, "other"
-        is_sane = sent_id and re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", sent_id)
+        is_sane = re.fullmatch("[!-~]{1,128}", sent_id)
         self.id = sent_id if is_sane else f"{IDS.getrandbits(128):032x}"
-        self.began = time.monotonic()
+        self.began = monotonic()
         self.deadline = self.began + service.config.request_timeout
-        self.open = threading.Lock()  # of which one caller of end() gets hold
+        self.ended = threading.Lock()  # of which one caller of end() gets hold
         if counted := metrics():
             counted.in_progress.inc()
 
     def end(self, status):
         """Count the request, and log it if that is asked for."""
-        if not self.open.acquire(blocking=False):
+        if not self.ended.acquire(blocking=False):
             return  # its client has left, and a thread went on
-        seconds = time.monotonic() - self.began
+        seconds = monotonic() - self.began
         if counted := metrics():
-            method = self.method if self.method in METHODS else "other"
+            # Clients may make up methods, which metrics do not list.
+            method = self.method if self.method in HTTPMethod.__members__ else "other"
             counted.in_progress.dec()
             counted.requests.labels(self.route, method, status).inc()
             counted.seconds.labels(self.route).observe(seconds)
@@ -970,16 +841,16 @@ class Exchange:
 EXCHANGE: ContextVar[Exchange | None] = ContextVar("mest.exchange", default=None)
 
 
-@functools.cache
+@cache
 def metrics():
     """Return the metrics of this process, or None where prometheus_client is not installed."""
     try:
         from prometheus_client import Counter, Gauge, Histogram
     except ImportError:
         return None
-    seconds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
     sizes = [2**power for power in range(10)]
-    gauge = functools.partial(Gauge, multiprocess_mode="livesum")
+    seconds = [2**power / 1024 for power in range(17)]
+    gauge = partial(Gauge, multiprocess_mode="livesum")
     labels = ["route", "method", "status"]
     return SimpleNamespace(
         requests=Counter("mest_requests_total", "Requests answered.", labels),
@@ -989,9 +860,6 @@ def metrics():
         in_progress=gauge("mest_requests_in_progress", "Requests that have no answer yet."),
         queue_length=gauge("mest_queue_length", "Requests at a model, in work or not.", ["model"]),
         batch_size=Histogram("mest_batch_size", "Requests in a batch.", ["model"], buckets=sizes),
-        load_seconds=Gauge(
-            "mest_model_load_seconds", "What init took.", ["model"], multiprocess_mode="max"
-        ),
     )
 
 
@@ -1041,9 +909,8 @@ class GenericModel:
         return params
 
     def infer(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's result for a payload; by default that of a batch of one."""
-        payload = kwargs or (args[0] if len(args) == 1 else list(args))
-        return raised(batch_outcomes(self, [payload])[0])
+        """Return the model's result for a payload."""
+        raise NotImplementedError(f"{type(self).__name__} has neither infer() nor infer_batch()")
 
     def infer_batch(self, payloads: list) -> Sequence:
         """Return the results for the payloads of several requests, one each, in their order.
@@ -1051,7 +918,7 @@ class GenericModel:
         An exception among them is the answer to that request. If this raises, or returns another
         number of results, the payloads are run one by one, so that only the faulty ones fail.
         """
-        raise NotImplementedError(f"{type(self).__name__} has neither infer() nor infer_batch()")
+        return [pass_on(payload, self.infer) for payload in payloads]
 
     def post_process(self, *args: Any, **kwargs: Any) -> Any:
         """Return the answer, given what `infer` returned; by default just that."""
@@ -1083,41 +950,17 @@ def own_stage(model, name):
 
 def pass_on(value, stage):
     """Return what a stage returns for the value of the one before it."""
-    try:
-        if isinstance(value, dict):
-            return stage(**value)
-        return stage(*value) if isinstance(value, list) else stage(value)
-    except TypeError as error:
-        if traceback.extract_tb(error.__traceback__)[1:]:  # the stage did begin
-            raise
-        passed = "the items of a list, and those of a dictionary by name, are passed to it as such"
-        raise TypeError(f"{error}; {passed}: return [[…]] to pass one list") from None
+    if isinstance(value, dict):
+        return stage(**value)
+    return stage(*value) if isinstance(value, list) else stage(value)
 
 
-def batch_outcomes(model, payloads):
-    """Return the result or the exception of each payload, none of which fails for another."""
+def outcome_of(function, *args):
+    """Return the result of a function, or the exception that it raised."""
     try:
-        results = model.infer_batch([*payloads])
-        results = results.to_numpy() if hasattr(results, "to_numpy") else results
-        if isinstance(results, (Mapping, str, bytes)) or len(results) != len(payloads):
-            returned = f"infer_batch of {type(model).__name__} returned {type(results).__name__}"
-            raise MestError(f"{returned}, not a list with a result for each of {len(payloads)}")
-        return list(results)
+        return function(*args)
     except BaseException as error:  # sys.exit is no reason to end anything but the request
-        if len(payloads) == 1 or isinstance(error, MemoryError):
-            return [error] * len(payloads)
-    return [batch_outcomes(model, [payload])[0] for payload in payloads]
-
-
-def single_outcomes(function, payloads):
-    """Return the result or the exception of a function for each payload."""
-    outcomes = []
-    for payload in payloads:
-        try:
-            outcomes.append(function(payload))
-        except BaseException as error:
-            outcomes.append(error)
-    return outcomes
+        return error
 
 
 def raised(outcome):
@@ -1127,6 +970,21 @@ def raised(outcome):
     if isinstance(outcome, BaseException):  # it would end more than the request
         raise RuntimeError(repr(outcome)) from outcome
     return outcome
+
+
+def batch_outcomes(run, payloads):
+    """Return the result or the exception of each payload, none of which fails for another."""
+    try:
+        results = run([*payloads])
+        results = results.to_numpy() if hasattr(results, "to_numpy") else results
+        if isinstance(results, (Mapping, str, bytes)) or len(results) != len(payloads):
+            returned = f"infer_batch returned {type(results).__name__}"
+            raise MestError(f"{returned}, not a list with a result for each of {len(payloads)}")
+        return list(results)
+    except BaseException as error:
+        if len(payloads) == 1:
+            return [error]
+    return [batch_outcomes(run, [payload])[0] for payload in payloads]
 
 
 class Job:
@@ -1161,23 +1019,23 @@ class Batcher:
 
     def run(self, payload):
         """Return the result of a payload; a thread waits for it, until its request is too late."""
-        if threading.current_thread() in self.busy_since:  # the model calls itself
+        if current_thread() in self.busy_since:  # the model calls itself
             return raised(self.work([payload])[0])
         outcomes: SimpleQueue = SimpleQueue()  # a future, at a tenth of the cost
         job = Job(payload, outcomes.put)
         self.submit(job)
-        left = max(0, job.exchange.deadline - time.monotonic()) if job.exchange else None
+        left = max(0, job.exchange.deadline - monotonic()) if job.exchange else None
         try:
             outcome = outcomes.get(timeout=left)
         except Empty:
             self.leave(job)
-            raise late_answer() from None
+            raise Problem(504, LATE) from None
         return raised(outcome)
 
     def submit(self, job):
         """Have the outcome of a job given to it, or raise a Problem, 503, if too many wait."""
         with self.lock:
-            if job.exchange:
+            if job.exchange and not job.exchange.ended.locked():  # a stream that began goes on
                 limit = job.exchange.service.config.max_queued_requests
                 if self.waiting >= max(limit, self.max_threads):
                     raise Problem(503, "Too many requests wait.", headers={"Retry-After": "1"})
@@ -1207,17 +1065,17 @@ class Batcher:
     def busy_for(self):
         """Return for how many seconds the longest call has lasted by now."""
         since = [when for when in [*self.busy_since.values()] if when]
-        return time.monotonic() - min(since) if since else 0.0
+        return monotonic() - min(since) if since else 0.0
 
     def serve(self):
         """Do batch after batch, in a thread."""
-        me, crowd = threading.current_thread(), 1
+        me, crowd = current_thread(), 1
         while True:
             batch = self.next_batch(crowd)
             jobs = [job for job in batch if job.is_waited_for]
             # What is logged in a batch is about no request, what a lone job logs about its own.
             EXCHANGE.set(jobs[0].exchange if len(jobs) == 1 else None)
-            self.busy_since[me] = time.monotonic()
+            self.busy_since[me] = monotonic()
             outcomes = self.work([job.payload for job in jobs]) if jobs else []
             self.busy_since[me] = 0.0
             crowd = len(batch) + self.queue.qsize()
@@ -1235,28 +1093,26 @@ class Batcher:
             batch = [self.queue.get(timeout=0.1)]
         except Empty:  # the crowd has gone
             batch, crowd = [self.queue.get()], 1
-        end = time.monotonic() + self.timeout
-        while len(batch) + self.queue.qsize() < min(crowd, self.size) and time.monotonic() < end:
-            time.sleep(0.0003)  # as fast as being told
-        with contextlib.suppress(Empty):
+        end = monotonic() + self.timeout
+        while len(batch) + self.queue.qsize() < min(crowd, self.size) and monotonic() < end:
+            sleep(0.0003)  # as fast as being told
+        with suppress(Empty):
             while len(batch) < self.size:
                 batch.append(self.queue.get_nowait())
         return batch
 
 
+#: What a client reads whose answer comes too late.
+LATE = "The model did not answer in time."
+
+
 def model_batcher(model):
     """Return the batcher of a model, which has been loaded by now."""
-    work, size = functools.partial(batch_outcomes, model), model.max_batch_size
-    own_batch, own_infer = own_stage(model, "infer_batch"), own_stage(model, "infer")
-    if own_infer and not (own_batch and size > 1):
-        work = functools.partial(single_outcomes, lambda payload: pass_on(payload, model.infer))
-        size = 1
+    run, size = model.infer_batch, model.max_batch_size
+    if own_stage(model, "infer") and (size == 1 or not own_stage(model, "infer_batch")):
+        run, size = partial(GenericModel.infer_batch, model), 1
+    work = partial(batch_outcomes, run)
     return Batcher(work, model.max_concurrency, size, model.batch_timeout, type(model).__name__)
-
-
-def late_answer():
-    """Return the answer to a request whose deadline has passed."""
-    return Problem(504, "The model did not answer in time.")
 
 
 # Routes
@@ -1273,7 +1129,7 @@ def validate_params(schema: dict, example: dict | None = None) -> Callable[[Call
     def decorate(handler):
         parameters = Parameters(schema, example, f"validate_params of {name_of(handler)}")
 
-        @functools.wraps(handler)
+        @wraps(handler)
         def validated(*args, **variables):
             if args or not flask.has_request_context():
                 return handler(*args, **variables)
@@ -1298,64 +1154,57 @@ def itself(proxy):
 def received_by_flask(variables):
     """Return the Flask request as what parameters are read from, or raise a Problem: 400, 413."""
     http, form = itself(request), None
-    environ, body = http.environ, read_body(http)
-    content_type = environ.get("CONTENT_TYPE", "")
-    has_form = body or "form" in vars(http)
-    if has_form and media_type_of(content_type) in FORM_TYPES:
-        if content_type.startswith("application") and body.lstrip().startswith(b"{"):
-            cure = "send it with the header Content-Type: application/json"
-            raise Problem(415, f"The body looks like JSON and is declared to be a form; {cure}.")
-        if content_type.startswith("application") and body.count(b"&") >= MAX_FIELDS:
-            raise Problem(413, f"There are more than {MAX_FIELDS} fields; send JSON instead.")
+    body = read_body(http)
+    content_type = http.content_type or ""
+    media_type = media_type_of(content_type)
+    if media_type in FORM_TYPES:
+        if media_type != "multipart/form-data":
+            if body.lstrip().startswith(b"{"):
+                cure = "send it with the header Content-Type: application/json"
+                raise Problem(415, f"The body looks like JSON, but is not said to be; {cure}.")
+            if body.count(b"&") >= MAX_FIELDS:
+                raise Problem(413, f"There are more than {MAX_FIELDS} fields; send JSON instead.")
         http.max_form_memory_size = None  # all of it is in memory
         form = http.form.to_dict(flat=False)
         for name, files in http.files.lists():
             form[name] = [file.read() for file in files]
-        if not form and body:
+        if body and not form:
             raise Problem(400, "The body is not a valid form.")
-    coding, query = environ.get("HTTP_CONTENT_ENCODING", "").lower(), http.query_string
-    return Received(http.method, content_type, coding, query, body, variables, form)
+    return Received(http.method, content_type, http.query_string, body, variables, form)
+
+
+def body_limit(app):
+    """Return the bytes that the body of a request to a Flask application may have."""
+    limits = [app.config["MAX_CONTENT_LENGTH"] or sys.maxsize]
+    if "mest" in app.extensions:
+        limits.append(app.extensions["mest"].config.max_body_bytes)
+    return min(limits)
 
 
 def read_body(http):
     """Return the body of a Flask request, or raise a Problem: 413 if it is too long, 400."""
-    app, length = itself(current_app), http.environ.get("CONTENT_LENGTH") or "0"
-    limit = app.config["MAX_CONTENT_LENGTH"] or 2**40
-    if "mest" in app.extensions:
-        limit = min(limit, app.extensions["mest"].config.max_body_bytes)
-    stream, body = http.environ["wsgi.input"], b""
-    if isinstance(stream, BytesIO):  # the event loop has read it
-        body = stream.getvalue()
-    elif not length.isdigit() or int(length) <= limit:
+    limit, length = body_limit(itself(current_app)), http.content_length or 0
+    if length <= limit:
         http.max_content_length = limit + 1  # Werkzeug stops reading there, and says nothing
         try:
-            body = http.get_data(cache=True)
-        except HTTPException:  # of the event loop
-            raise
+            body = http.get_data()
         except Exception:  # each server has exceptions of its own
             raise Problem(400, "The body is malformed or ended early.") from None
-    length = int(length) if length.isdigit() else 0
-    if max(length, len(body)) > limit:
-        raise Problem(413, f"The body is longer than {limit} bytes.")
-    if len(body) < length and "form" not in vars(http):  # which a hook has parsed
-        raise Problem(400, f"The body ended after {len(body)} of {length} bytes.")
-    return body
+        if len(body) < length and "form" not in vars(http):  # which a hook has parsed
+            raise Problem(400, f"The body ended after {len(body)} of {length} bytes.")
+        if len(body) <= limit:
+            return body
+    raise Problem(413, f"The body is longer than {limit} bytes.")
 
 
 def to_response(result):
     """Return Flask's response to what a handler returned; data and text are encoded.
 
-    Text is sent as text, unless it is a JSON object or array. What Flask takes itself, such as
-    bytes, responses and generators, stays as it is.
+    What Flask takes itself, such as bytes, responses and generators, stays as it is.
     """
     body, *rest = result if isinstance(result, tuple) else (result,)
     if isinstance(body, str):
-        kind = "text/plain; charset=utf-8"
-        if body.lstrip().startswith(("{", "[")):
-            with contextlib.suppress(ValueError, ArithmeticError, RecursionError):
-                DECODER.decode(body)
-                kind = "application/json"
-        body = flask.Response(body, content_type=kind)
+        body = flask.Response(body, content_type="text/plain; charset=utf-8")
     elif not isinstance(body, (bytes, bytearray, Iterator)) and not callable(body):
         body = flask.Response(encode(body), content_type="application/json")
     return current_app.make_response((body, *rest)) if rest else body
@@ -1376,14 +1225,11 @@ def admit(config, authorization, key):
     if not config.api_key:
         return
     scheme, _, token = authorization.partition(" ")
-    sent = [key.strip(), token.strip() if scheme.lower() == "bearer" else ""]
-    keys = [known.strip().encode() for known in config.api_key.split(",")]
-    pairs = itertools.product(keys, [text.encode("latin-1", "replace") for text in sent])
-    if not sum(hmac.compare_digest(*pair) for pair in pairs):  # all, in constant time
-        cure = "send one, as Authorization: Bearer KEY or as X-API-Key: KEY"
-        what = "The API key is wrong" if any(sent) else "An API key is needed"
-        error = ' error="invalid_token"' if any(sent) else ""
-        raise Problem(401, f"{what}; {cure}.", headers={"WWW-Authenticate": f"Bearer{error}"})
+    sent = [key.strip().encode(), token.strip().encode() if scheme.lower() == "bearer" else b""]
+    known = filter(None, (key.strip().encode() for key in config.api_key.split(",")))
+    if not sum(hmac.compare_digest(*pair) for pair in itertools.product(known, sent)):  # all
+        detail = "Send an API key, as Authorization: Bearer KEY or as X-API-Key: KEY."
+        raise Problem(401, detail, headers={"WWW-Authenticate": "Bearer"})
 
 
 class Endpoint:
@@ -1396,10 +1242,7 @@ class Endpoint:
         self.handler, self.model, self.is_probe = handler, model, is_probe
         self.parameters: Any = parameters or getattr(handler, "parameters", None)
         self.needs_key = needs_key and not is_probe
-        self.__doc__ = inspect.getdoc(handler)
-        if model is not None:
-            about = vars(type(model)).get("__doc__")
-            self.__doc__ = about or f"A prediction of {type(model).__name__}."
+        self.__doc__ = inspect.getdoc(handler) if model is None else type(model).__doc__
 
     def __call__(self, **variables):
         """Answer the Flask request."""
@@ -1431,18 +1274,16 @@ class Endpoint:
         if not own_stage(self.model, "predict") and not self.model.is_loaded:
             raise MestError(f"{self.model!r} is not loaded; call mest_app.setup()")
 
-    def check(self, variables):
+    def check(self, *given):
         """Raise a MestError if the handler or model cannot take what requests will give it."""
-        handler, checked = self.handler, getattr(self.handler, "checked", None)
-        if inspect.isasyncgenfunction(inspect.unwrap(handler)):
-            raise MestError(f"{name_of(handler)}, is an async generator; write def, and yield")
+        checked = getattr(self.handler, "checked", None)
         if self.model is not None:
             if stage := first_stage(self.model):
-                check_arguments(stage, self.parameters.schema, variables)
-        elif checked and checked is getattr(handler, "__wrapped__", None):
-            check_arguments(checked, self.parameters.schema, variables)
+                check_arguments(stage, self.parameters.schema, *given)
+        elif checked and checked is getattr(self.handler, "__wrapped__", None):
+            check_arguments(checked, self.parameters.schema, *given)
         elif not self.is_probe:
-            check_arguments(handler, {}, variables)
+            check_arguments(self.handler, {}, *given)
 
 
 def first_stage(model):
@@ -1462,11 +1303,9 @@ class Router:
     """
 
     def __init__(self, name: str):
-        if not isinstance(name, str) or not name or "." in name:
-            raise MestError(f"a router is named {name!r}; it must be text without dots")
         self.name = name
         #: What was declared: urls relative to the router's, endpoints, and options of Flask's.
-        self.routes: list[tuple[str, Endpoint, dict[str, Any]]] = []
+        self.routes: list[tuple] = []
         #: Who serves it: called with a route, now and whenever one is declared.
         self.registrations: list[Callable] = []
 
@@ -1478,10 +1317,6 @@ class Router:
             method: the HTTP method; `methods=[…]` for several.
             **options: any other option of Flask's routes.
         """
-        if not isinstance(url, str) or not isinstance(method, str):
-            given = f"the url {url!r} and the method {method!r}"
-            raise MestError(f"a route of {self.name!r} has {given}; both are text: @route('/url')")
-
         def decorate(handler):
             name = getattr(handler, "__name__", type(handler).__name__)
             self._add(url, Endpoint(handler), {"methods": [method], "endpoint": name, **options})
@@ -1490,7 +1325,11 @@ class Router:
         return decorate
 
     def add_predict_route(
-        self, model: Any, schema: dict | None = None, url: str = "/predict", method: str = "POST",
+        self,
+        model: Any,
+        schema: dict | None = None,
+        url: str = "/predict",
+        method: str = "POST",
         example: dict | None = None,
     ) -> None:
         """Answer requests to an url with `model.predict(**params)` of the checked parameters.
@@ -1504,34 +1343,26 @@ class Router:
             example: as in Parameters; it is run once before the service is ready.
         """
         owner = f"the predict route {url!r} of router {self.name!r}"
-        if isinstance(model, type) or not callable(getattr(model, "predict", None)):
-            cure = "it must be an object with predict(), an instance and not a class"
-            raise MestError(f"{owner} has the model {model!r}; {cure}")
+        require_instance(model, "predict", owner)
         if schema is None:
             stage = first_stage(model)
             if stage is None:
                 raise MestError(f"{owner} has no schema, and no stage of the model tells of one")
             schema = schema_of(stage)
         endpoint = Endpoint(model.predict, Parameters(schema, example, owner), model)
-        self._add_own(url, method, endpoint)
+        self._add_own(url, endpoint, method)
 
     def add_ping_route(self, url: str = "/ping", method: str = "GET") -> None:
         """Answer requests to an url with the name of the service, or 503 while it shuts down."""
-        self._add_own(url, method, Endpoint(ping, is_probe=True))
+        self._add_own(url, Endpoint(ping, is_probe=True), method)
 
-    def _add_own(self, url, method, endpoint):
+    def _add_own(self, url, endpoint, method="GET"):
         name = re.sub(r"\W+", "_", url.strip("/")) or "index"
-        while name in [options["endpoint"] for _, _, options in self.routes]:
-            name = f"{name}_{method.lower()}"
         self._add(url, endpoint, {"methods": [method], "endpoint": name})
 
     def _add(self, url, endpoint, options):
-        for _, other, known in self.routes:
-            if known["endpoint"] == options["endpoint"]:
-                if other.handler != endpoint.handler:
-                    mistake = f"router {self.name!r} has two handlers named {known['endpoint']!r}"
-                    raise MestError(f"{mistake}; rename one of them, or give it endpoint='…'")
-                endpoint = other
+        while options["endpoint"] in [known["endpoint"] for _, _, known in self.routes]:
+            options["endpoint"] += "_2"  # Flask wants each to have a name of its own
         self.routes.append(("/" + url.lstrip("/"), endpoint, options))
         for register in self.registrations:
             register(*self.routes[-1])
@@ -1542,10 +1373,6 @@ def ping(service):
     if service.draining:
         raise Problem(503, f"{service.config.service_name} is shutting down.")
     return {"message": f"Pong from {service.config.service_name}!"}
-
-
-#: A variable in an url of Flask's, such as <int:user>.
-VARIABLE = re.compile(r"<(?:[^<>]*:)?(\w+)>")
 
 
 def routes_of(app):
@@ -1563,32 +1390,37 @@ JSON_TYPES = {
     "binary": "string", "boolean": "boolean", "dict": "object", "float": "number",
     "integer": "integer", "list": "array", "number": "number", "string": "string",
 }
-#: Cerberus's rules in JSON Schema, and those of a list or dictionary.
+#: Cerberus's rules in JSON Schema, whose keywords are about values of their own types only.
 KEYWORDS = {
     "min": "minimum", "max": "maximum", "minlength": "minLength", "maxlength": "maxLength",
-    "allowed": "enum",
 }
-LIST_KEYWORDS = {"minlength": "minItems", "maxlength": "maxItems"}
 #: Rules that change what is sent before it is checked, or let pass what others would refuse.
 LENIENT = {
     "allow_unknown", "coerce", "default_setter", "empty", "keysrules", "purge_unknown", "rename",
     "rename_handler",
 }
-#: What only Python knows in a regular expression, or reads in a way of its own.
-PYTHONIC = re.compile(r"\(\?[^:=!]|[+*?}]\+|\[\^?\]|\{(?!\d)|\\[^dDwWsSbBnrt.*+?()|{}^$/\\\[\]-]")
 
 
 def json_schema(rules):
     """Return a JSON Schema (2020-12) that refuses nothing which Cerberus accepts by its rules."""
-    if isinstance(rules, str):  # the name of rules that may be within themselves
-        return {}
-    schema: dict[str, Any] = {}
-    types = types_of(rules)
+    rules = resolved(rules)
+    types, schema = types_of(rules), {}
     if types and JSON_TYPES.keys() >= {*types} and not any(map(rules.get, LENIENT)):
-        choices = [typed_schema(name, rules) for name in types]
-        if rules.get("nullable") or "default" in rules:  # which replaces null
-            choices.append({"type": "null"})
-        schema = {"anyOf": choices} if len(choices) > 1 else choices[0]
+        null = [None] if rules.get("nullable") or "default" in rules else []  # which replaces null
+        names = [*map(JSON_TYPES.get, types), *map("null".format, null)]
+        schema["type"] = names if len(names) > 1 else names[0]
+        for rule in KEYWORDS.keys() & rules.keys():
+            keyword = KEYWORDS[rule]
+            is_list = types == ["list"]
+            schema[keyword.replace("Length", "Items") if is_list else keyword] = rules[rule]
+        if "allowed" in rules and "list" not in types:
+            schema["enum"] = [*rules["allowed"], *null]
+        if "binary" in types:
+            schema["format"] = "binary"
+        if "schema" in rules and types == ["dict"]:
+            schema |= fields_schema(rules["schema"])
+        elif "schema" in rules and types == ["list"]:
+            schema["items"] = json_schema(rules["schema"])
     if "default" in rules:
         schema["default"] = rules["default"]
     match rules.get("meta"):
@@ -1596,47 +1428,21 @@ def json_schema(rules):
             schema["description"] = str(text)
     try:
         return json.loads(ENCODER.encode(schema))
-    except (TypeError, ValueError, RecursionError):  # a limit or default that JSON cannot express
+    except (TypeError, ValueError):  # a limit or default that JSON cannot express
         return {}
-
-
-def typed_schema(name, rules):
-    """Return what rules say of a value which has one of Cerberus's types."""
-    schema: dict[str, Any] = {"type": JSON_TYPES[name]}
-    keywords = LIST_KEYWORDS if name in ("dict", "list") else KEYWORDS
-    schema |= {keyword: rules[rule] for rule, keyword in keywords.items() if rule in rules}
-    if keywords is KEYWORDS and "forbidden" in rules:
-        schema["not"] = {"enum": rules["forbidden"]}
-    if name == "binary":
-        schema["format"] = "binary"
-    if "regex" in rules and not PYTHONIC.search(rules["regex"]):
-        schema["pattern"] = f"^(?:{rules['regex'].removesuffix('$')}$)"
-    if "schema" in rules and types_of(rules) == ["dict"]:
-        schema |= fields_schema(rules["schema"])
-    elif "schema" in rules:
-        schema["items"] = json_schema(rules["schema"])
-    elif "valuesrules" in rules:
-        schema["additionalProperties"] = json_schema(rules["valuesrules"])
-    elif "items" in rules:
-        schema["prefixItems"] = [json_schema(item) for item in rules["items"]]
-        schema["items"] = False
-    return schema
 
 
 def fields_schema(fields):
     """Return a Cerberus schema, or the name of one, as the JSON Schema of an object."""
     if isinstance(fields, str):
         return {"type": "object"}
-    properties, required, used = {}, [], set()
+    properties, required = {}, []
     for field, rules in fields.items():
         own = resolved(rules)
-        used |= own.keys()
         if not own.get("readonly"):
             properties[field] = json_schema(rules)
         if own.get("required") and "default" not in own:
             required.append(field)
-    if used & {"default_setter", "excludes", "rename", "rename_handler"}:
-        required = []  # something else may stand in for them
     schema = {"type": "object", "properties": properties, "required": required}
     return {**schema, "additionalProperties": False}
 
@@ -1648,44 +1454,39 @@ def openapi(mest_app, path):
     for rule, view in routes_of(mest_app.app):
         if hasattr(view, "parameters") and not rule.endpoint.startswith("mest_docs"):
             operations = paths.setdefault(VARIABLE.sub(r"{\1}", rule.rule), {})
-            needs_key = bool(config.api_key) and getattr(view, "needs_key", False)
             for method in sorted(rule.methods - {"HEAD", "OPTIONS"}):
-                operations[method.lower()] = operation(rule, view, method, needs_key)
-    document: dict[str, Any] = {
+                operations[method.lower()] = operation(rule, view, method)
+                if config.api_key and getattr(view, "needs_key", False):
+                    operations[method.lower()]["security"] = [{"bearer": []}]
+    return {
         "openapi": "3.1.0",
         "info": {
             "title": config.service_name,
             "version": config.service_version or "0",
-            "x-mest": __version__,
-            "x-models": [type(model).__name__ for model in mest_app.models],
         },
         "servers": [{"url": os.path.relpath("/", os.path.dirname(path))}],
         "paths": paths,
         "components": {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}},
     }
-    if config.api_key:
-        document["security"] = [{"bearer": []}]
-    return document
 
 
-def operation(rule, view, method, needs_key):
+def operation(rule, view, method):
     """Return what a route takes with a method, and what it answers."""
     fields, listed = dict(view.parameters.schema if view.parameters else {}), []
     for name in VARIABLE.findall(rule.rule):
         own = json_schema(fields.pop(name, {"type": "string"}))
         listed.append({"name": name, "in": "path", "required": True, "schema": own})
     schema = fields_schema(fields)
-    summary, _, description = (inspect.getdoc(view) or "").partition("\n\n")
+    summary, *description = (inspect.getdoc(view) or "").split("\n\n")
     described: dict[str, Any] = {
         "operationId": "_".join(re.findall(r"\w+", f"{method.lower()}{rule.rule}")),
         "tags": [rule.endpoint.rpartition(".")[0] or "application"],
         "summary": summary,
-        "description": description,
+        "description": "\n\n".join(description),
         "parameters": listed,
-        "responses": responses_of(view, needs_key),
+        "responses": {"200": {"description": "OK"}, "default": {"description": "An error."}},
+        "security": [],
     }
-    if not needs_key:
-        described["security"] = []
     if method not in BODY_METHODS:
         for name, own in schema["properties"].items():
             required = name in schema["required"]
@@ -1693,25 +1494,12 @@ def operation(rule, view, method, needs_key):
     elif fields:
         has_files = '"format": "binary"' in json.dumps(schema)
         kind = "multipart/form-data" if has_files else "application/json"
-        content = {kind: {"schema": schema}}
+        body = {"schema": schema}
         if view.parameters.example:
-            content[kind]["example"] = view.parameters.example
-        described["requestBody"] = {"required": bool(schema["required"]), "content": content}
+            body["example"] = view.parameters.example
+        required = bool(schema["required"])
+        described["requestBody"] = {"required": required, "content": {kind: body}}
     return described
-
-
-def responses_of(view, needs_key):
-    """Return what a route answers, by status."""
-    statuses = [401] if needs_key else []
-    statuses += [400, 408, 413, 415, 422, 500, 503, 504] if view.parameters else [503]
-    responses: dict[str, Any] = {"200": {"description": "OK", "content": {"application/json": {}}}}
-    if not isinstance(view, Endpoint) or not view.is_probe and view.model is None:
-        responses["200"]["content"] = {"*/*": {}}
-        responses["default"] = {"description": "Another answer."}
-    for status in statuses:
-        content: dict[str, dict] = {"application/problem+json": {}}
-        responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": content}
-    return responses
 
 
 def openapi_json():
@@ -1722,13 +1510,9 @@ def openapi_json():
 
 def docs_page():
     """A page to read about the service and to try it."""
-    policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
-    policy += "form-action 'none'; frame-ancestors 'none'"
-    for tag, inline in re.findall("<(script|style)>(.*?)</", PAGE, re.DOTALL):
-        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
-        policy += f"; {tag}-src 'sha256-{digest}'"
-    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
-    return flask.Response(PAGE, headers=headers, content_type="text/html; charset=utf-8")
+    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    policy += "connect-src 'self'; img-src data:; form-action 'none'; frame-ancestors 'none'"
+    return flask.Response(PAGE, headers={"Content-Security-Policy": policy})
 
 
 # The ASGI edge
@@ -1737,16 +1521,8 @@ def docs_page():
 LARGE = 2**16
 #: bytes of a body, too long or not, that are read: most clients send all before they read
 MAX_READ = 2**26
-
-
-def below(root, path):
-    """Return a path without the prefix of a proxy, which that may have taken off already."""
-    root = root.rstrip("/")
-    return path[len(root) :] or "/" if f"{path}/".startswith(f"{root}/") else path
-
-
-class GoneError(OSError):
-    """The client of a stream has left, or does not read what it is sent."""
+#: seconds that a client has to read a part of a stream
+MAX_PAUSE = 30
 
 
 class Edge:
@@ -1757,12 +1533,13 @@ class Edge:
 
     def __init__(self, service, loop):
         self.service, self.config, self.loop = service, service.config, loop
-        self.direct = service.direct_routes()
-        work = functools.partial(single_outcomes, lambda function: function())
-        #: for Flask, which clients can keep waiting, and for what is soon done
+        self.direct, self.max_body_bytes = service.direct_routes(), body_limit(service.app)
+
+        def work(functions):
+            return [outcome_of(function) for function in functions]
+
+        #: for Flask, which may be slow, and for what is soon done
         self.flask, self.pool = (Batcher(work, self.config.threads) for _ in range(2))
-        own_limit = service.app.config["MAX_CONTENT_LENGTH"] or sys.maxsize
-        self.max_body_bytes = min(self.config.max_body_bytes, own_limit)
         #: futures and outcomes from threads, and whether the loop knows that there are some
         self.outcomes: deque[tuple] = deque()
         self.is_woken = False
@@ -1772,118 +1549,92 @@ class Edge:
 
     def sweep(self):
         """Cancel, once a second, the tasks that are too late: they find themselves missing here."""
-        now = time.monotonic()
+        now = monotonic()
         for task, deadline in [*self.deadlines.items()]:
             if now > deadline:
                 del self.deadlines[task]
                 task.cancel()
         self.loop.call_later(1, self.sweep)
 
-    def was_swept(self):
-        """Return whether the deadline has cancelled this task; then it may go on."""
-        task: Any = asyncio.current_task()
-        return task not in self.deadlines and task.uncancel() == 0
-
-    async def lifespan(self, receive, send):
-        """Load the models, where that has not been done, before the server starts to serve."""
-        await receive()
-        try:
-            self.service.warm_up()
-        except MestError as error:
-            await send({"type": "lifespan.startup.failed", "message": report(error)})
-            return
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        await send({"type": "lifespan.shutdown.complete"})
-
     async def http(self, scope, receive, send):
         """Answer a request."""
-        headers, task = dict(scope["headers"]), asyncio.current_task()
-        path = below(scope.get("root_path") or "", scope["path"])
-        sent_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        exchange = Exchange(self.service, scope["method"], path, sent_id)
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        task: Any = asyncio.current_task()
+        sent_id = headers.get(b"x-request-id", "")
+        exchange = Exchange(self.service, scope["method"], scope["path"], sent_id)
         EXCHANGE.set(exchange)
         self.deadlines[task] = exchange.deadline
+        late = Problem(408, "The body did not come in time.")
         try:
-            response = await self.answer(exchange, scope, headers, receive, send)
+            body = await self.body(task, headers, receive)
+            if body is None:
+                raise late
+            late = Problem(504, LATE)
+            endpoint = self.direct.get((exchange.method, exchange.path))
+            media_type = media_type_of(headers.get(b"content-type", ""))
+            if endpoint and media_type not in FORM_TYPES and len(headers) == len(scope["headers"]):
+                exchange.route = exchange.path
+                response = await self.answer(endpoint, scope, headers, body)
+            else:
+                self.deadlines[task] = math.inf  # a stream may last
+                response = await self.through_flask(scope, send, body)
         except asyncio.CancelledError:
-            if not self.was_swept():  # the client has left
+            if task in self.deadlines or task.uncancel():  # the client has left
                 exchange.end(499)
                 raise
-            response = self.refusal(exchange, late_answer())
+            response = self.refusal(late)
         except Exception as error:
-            response = self.refusal(exchange, error)
+            response = self.refusal(error)
         finally:
             self.deadlines.pop(task, None)
-        if response is None:  # Flask has answered
-            return
-        status, answered, content = response
-        exchange.end(status)
-        await start(scope, send, status, [*answered, ("x-request-id", exchange.id)])
-        await send({"type": "http.response.body", "body": content})
+        if response:
+            status, answered, content = response
+            exchange.end(status)
+            await start(send, status, [*answered, ("x-request-id", exchange.id)])
+            await send({"type": "http.response.body", "body": content})
+        if scope["http_version"] == "1.0":
+            raise asyncio.CancelledError  # ends the connection, which such a client may wait for
 
-    def refusal(self, exchange, error):
+    def refusal(self, error):
         """Return status, headers and body of the answer to an exception."""
+        exchange: Any = EXCHANGE.get()
         problem = as_problem(error, self.service, f"{exchange.method} {exchange.path}")
-        try:
-            response = problem.get_response({})
-            headers = response.get_wsgi_headers({})
-            "".join(itertools.chain(*headers)).encode("latin-1")
-        except ValueError as fault:  # a Problem with a header that HTTP cannot express
-            return self.refusal(exchange, RuntimeError(f"{problem!r} cannot be sent: {fault}"))
-        return response.status_code, headers, response.get_data()
+        response = problem.get_response({})
+        return response.status_code, response.get_wsgi_headers({}), response.get_data()
 
-    async def answer(self, exchange, scope, headers, receive, send):
-        """Return status, headers and body of the answer, or None if Flask has sent it."""
-        endpoint = self.direct.get((exchange.method, exchange.path))
-        received = Received(
-            exchange.method,
-            headers.get(b"content-type", b"").decode("latin-1"),
-            headers.get(b"content-encoding", b"").decode("latin-1").lower(),
-            scope["query_string"],
-            await self.body(headers.get(b"content-length", b"0"), receive),
-            {},
-        )
-        is_form = media_type_of(received.content_type) in FORM_TYPES
-        if endpoint is None or is_form or len(headers) < len(scope["headers"]):
-            self.deadlines[asyncio.current_task()] = math.inf  # a stream may last
-            await Bridge(self, exchange, scope, send, received.body).serve()
-            return None
-        if isinstance(received.body, Problem):
-            raise received.body
-        exchange.route = exchange.path
+    async def body(self, task, headers, receive):
+        """Return the body of a request, or None if it does not come to its end.
+
+        Raises:
+            Problem: 413, if it is too long.
+        """
+        known, size, parts, more = int(headers.get(b"content-length", "0")[:18]), 0, [], True
+        while more and size <= max(MAX_READ, self.max_body_bytes):
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                await asyncio.sleep(0.05)  # the server cancels the task if the client has left
+                if task.cancelling():  # which wait_for may have swallowed
+                    raise asyncio.CancelledError
+                return None
+            more, part = message.get("more_body", False), message.get("body", b"")
+            size += len(part)
+            known = max(known, size)
+            if known <= self.max_body_bytes:
+                parts.append(part)
+        if known > self.max_body_bytes:
+            raise Problem(413, f"The body is longer than {self.max_body_bytes} bytes.")
+        return b"".join(parts)
+
+    async def answer(self, endpoint, scope, headers, body):
+        """Return status, headers and body of a probe's answer, or a model's."""
         if endpoint.is_probe:
             content, kind = encode_prediction(endpoint.handler(self.service))
         else:
-            keys = headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
-            admit(self.config, *(key.decode("latin-1") for key in keys))
+            admit(self.config, headers.get(b"authorization", ""), headers.get(b"x-api-key", ""))
+            kind, query = headers.get(b"content-type", ""), scope["query_string"]
+            received = Received(scope["method"], kind, query, body, {})
             content, kind = await self.predict(endpoint, received)
         return 200, [("content-type", kind), ("content-length", str(len(content)))], content
-
-    async def body(self, length, receive):
-        """Return the body of a request, or the Problem that it is: 408 if it comes late, 413."""
-        known, size, parts, more = int(length[:18]), 0, [], True
-        late = 408, "The body did not come in time."
-        task: Any = asyncio.current_task()
-        try:
-            while more and size <= max(MAX_READ, self.max_body_bytes):
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    await asyncio.sleep(0.05)  # the server cancels the task if the client left
-                    if task.cancelling():  # which wait_for may have swallowed
-                        raise asyncio.CancelledError
-                    return Problem(*late)
-                more, part = message.get("more_body", False), message.get("body", b"")
-                size += len(part)
-                if max(size, known) <= self.max_body_bytes:
-                    parts.append(part)
-        except asyncio.CancelledError:
-            if not self.was_swept():
-                raise
-            return Problem(*late)
-        if max(size, known) > self.max_body_bytes:
-            return Problem(413, f"The body is longer than {self.max_body_bytes} bytes.")
-        return b"".join(parts)
 
     async def predict(self, endpoint, received):
         """Return a model's answer and its type; what the user has written runs in threads."""
@@ -1907,12 +1658,12 @@ class Edge:
 
     async def call(self, function, *args):
         """Return what a function returns in another thread."""
-        return await self.outcome(self.pool, lambda: function(*args))
+        return await self.outcome(self.pool, partial(function, *args))
 
     async def outcome(self, batcher, payload, finish=None):
         """Return or raise what a batcher, and in its thread `finish`, make of a payload."""
         future = self.loop.create_future()
-        job = Job(payload, functools.partial(self.give, future, finish))
+        job = Job(payload, partial(self.give, future, finish))
         batcher.submit(job)
         try:
             return raised(await future)
@@ -1923,11 +1674,11 @@ class Edge:
     def give(self, future, finish, outcome):
         """Hand an outcome over from another thread, which wakes the loop once for several."""
         if finish and not isinstance(outcome, BaseException):
-            (outcome,) = single_outcomes(finish, [outcome])
+            outcome = outcome_of(finish, outcome)
         self.outcomes.append((future, outcome))
         if not self.is_woken:
             self.is_woken = True
-            with contextlib.suppress(RuntimeError):  # it is closed
+            with suppress(RuntimeError):  # it is closed
                 self.loop.call_soon_threadsafe(self.deliver)
 
     def deliver(self):
@@ -1938,146 +1689,113 @@ class Edge:
             if not future.done():
                 future.set_result(outcome)
 
-
-async def start(scope, send, status, headers):
-    """Begin a response."""
-    named = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-    wanted = dict(scope["headers"]).get(b"connection", b"").lower()
-    is_kept = wanted == b"keep-alive" and b"content-length" in dict(named)
-    if is_kept and scope["http_version"] == "1.0":  # or the client would wait for its end
-        named.append((b"connection", b"keep-alive"))
-    await send({"type": "http.response.start", "status": status, "headers": named})
-
-
-class FailingBody:
-    """The body of a request that Flask must not have: who reads it finds out why."""
-
-    def __init__(self, problem):
-        self.problem = problem
-
-    def read(self, size=-1):
-        raise self.problem
-
-    readline = readlines = __iter__ = read
-
-
-class Bridge:
-    """A WSGI server (PEP 3333) of one request: it takes that through Flask, in a thread."""
-
-    def __init__(self, edge, exchange, scope, send, body):
-        self.edge, self.exchange, self.scope, self.send = edge, exchange, scope, send
-        self.body, self.status, self.headers, self.is_started = body, 0, [], False
-        self.gone, self.sending = threading.Event(), None
-
-    async def serve(self):
-        """Answer the request."""
+    async def through_flask(self, scope, send, body):
+        """Send Flask's answer, of which a thread makes one part after the other."""
+        call, is_started = FlaskCall(self.service.app, environ_of(scope, body)), False
         try:
-            run = functools.partial(copy_context().run, self.run)
-            last = await self.edge.outcome(self.edge.flask, run)
+            part = await self.outcome(self.flask, call.step)
+            is_started = True
+            await start(send, call.status, call.headers)
+            while not call.is_whole and part is not None:
+                async with asyncio.timeout(MAX_PAUSE):
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                part = await self.outcome(self.flask, call.step)
+            await send({"type": "http.response.body", "body": part or b""})
         except Exception as error:
-            if not self.is_started:
+            if not is_started:
                 raise
-            if not isinstance(error, GoneError):
-                as_problem(error, self.edge.service, f"the stream of {self.exchange.path}")
-            raise asyncio.CancelledError from None  # ends the connection, so that the client knows
+            if not isinstance(error, TimeoutError):
+                self.refusal(error)
+            raise asyncio.CancelledError from None  # ends the connection: the client shall know
         finally:
-            self.gone.set()
-            if self.sending:
-                self.sending.cancel()
-        if not self.is_started:
-            await start(self.scope, self.send, self.status, self.headers)
-        await self.send({"type": "http.response.body", "body": last})
-        if self.is_started and self.scope["http_version"] == "1.0":
-            raise asyncio.CancelledError  # only the connection's end is the end of its stream
+            if not call.is_whole:
+                self.flask.submit(Job(call.close, lambda outcome: None))
 
-    def run(self):
-        """Call Flask and return the body, or the rest of it: what is streamed is sent at once."""
-        chunks = self.edge.service.app(self.environ(), self.start_response)
-        try:
-            for chunk in filter(None, chunks):
-                if not self.is_started and str(len(chunk)) == self.length:
-                    return chunk
-                self.write(chunk)
-            return b""
-        finally:
-            getattr(chunks, "close", lambda: None)()
 
-    def start_response(self, status, headers, exc_info=None):
-        """Note how the response begins."""
-        if exc_info and self.is_started:
-            raise exc_info[1].with_traceback(exc_info[2])
-        self.status, self.headers = int(status[:3]), headers
-        lengths = [value for name, value in headers if name.lower() == "content-length"]
-        self.length = lengths[0] if lengths else None
-        return self.write
+async def start(send, status, headers):
+    """Begin a response."""
+    pairs = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
 
-    def write(self, chunk):
-        """Send a part of the body, and wait until it is sent."""
-        if not self.is_started:
-            self.is_started = True
-            self.wait_for(start(self.scope, self.send, self.status, self.headers))
-        self.wait_for(self.send({"type": "http.response.body", "body": chunk, "more_body": True}))
 
-    def wait_for(self, sending):
-        """Run a coroutine of the loop's, and raise GoneError if the client does not read."""
-        self.sending = asyncio.run_coroutine_threadsafe(sending, self.edge.loop)
-        if self.gone.is_set():
-            self.sending.cancel()
-        try:
-            self.sending.result(30)  # seconds for a client to read
-        except (CancelledError, TimeoutError):
-            self.sending.cancel()
-            raise GoneError from None
+class FlaskCall:
+    """A request on its way through Flask, in one thread after the other, but never two at once."""
 
-    def environ(self):
-        """Return the request as WSGI has it, with the bytes of the path as they were sent."""
-        scope, is_problem = self.scope, isinstance(self.body, Problem)
-        raw = scope.get("raw_path") or scope["path"].encode()
-        if not raw.startswith(b"/"):  # http://host/path, for proxies (RFC 9112, section 3.2.2)
-            raw = b"/" + raw.partition(b"://")[2].partition(b"/")[2]
-        root = (scope.get("root_path") or "").encode().decode("latin-1")
-        host, port = scope.get("server") or ("localhost", 80)
-        environ = {
-            "REQUEST_METHOD": scope["method"],
-            "SCRIPT_NAME": root.rstrip("/"),
-            "PATH_INFO": below(root, unquote_to_bytes(raw).decode("latin-1")),
-            "QUERY_STRING": scope["query_string"].decode("latin-1"),
-            "SERVER_NAME": host,
-            "SERVER_PORT": str(port if isinstance(port, int) else 80),  # none is on a Unix socket
-            "SERVER_PROTOCOL": f"HTTP/{scope['http_version']}",
-            "REMOTE_ADDR": (scope.get("client") or [""])[0],
-            "wsgi.version": (1, 0),
-            "wsgi.url_scheme": scope.get("scheme", "http"),
-            "wsgi.input": FailingBody(self.body) if is_problem else BytesIO(self.body),
-            "wsgi.input_terminated": True,
-            "wsgi.errors": sys.stderr,
-            "wsgi.multithread": True,
-            "wsgi.multiprocess": True,
-            "wsgi.run_once": False,
-            "mest.exchange": self.exchange,
-        }
-        for name, value in scope["headers"]:
-            if name in (b"transfer-encoding", b"proxy") or b"_" in name:  # httpoxy.org
-                continue
-            key, text = name.decode("latin-1").upper().replace("-", "_"), value.decode("latin-1")
-            key = key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
-            joint = "; " if name == b"cookie" else ","
-            environ[key] = f"{environ[key]}{joint}{text}" if key in environ else text
-        if self.body and not is_problem:
-            environ["CONTENT_LENGTH"] = str(len(self.body))
-        return environ
+    def __init__(self, app, environ):
+        self.app, self.environ, self.is_whole = app, environ, False
+        self.chunks: Any = None
+        self.lock, self.context = threading.Lock(), copy_context()
+
+    def step(self):
+        """Return the next part of the body, or None; at first set status and headers, too."""
+        with self.lock:
+            return self.context.run(self._step)
+
+    def _step(self):
+        if self.chunks is not None:
+            return next(self.chunks, None)
+        self.chunks, status, headers = run_wsgi_app(self.app, self.environ)
+        self.status, self.headers = int(status[:3]), headers.to_wsgi_list()
+        part = next(self.chunks, None)
+        if part is None or headers.get("Content-Length") == str(len(part)):
+            self.is_whole = True
+            self._close()
+        return part
+
+    def close(self):
+        """Let Flask know that nothing more is asked for."""
+        with self.lock:
+            self.context.run(self._close)
+
+    def _close(self):
+        getattr(self.chunks, "close", lambda: None)()
+
+
+def environ_of(scope, body):
+    """Return a request as WSGI has it (PEP 3333), with the bytes of the path as they were sent."""
+    path = scope.get("raw_path") or scope["path"].encode()
+    host, port = scope.get("server") or ("localhost", None)
+    environ = {
+        "REQUEST_METHOD": scope["method"],
+        "SCRIPT_NAME": "",
+        "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
+        "QUERY_STRING": scope["query_string"].decode("latin-1"),
+        "SERVER_NAME": host,
+        "SERVER_PORT": str(port or 80),  # none is on a Unix socket
+        "SERVER_PROTOCOL": f"HTTP/{scope['http_version']}",
+        "REMOTE_ADDR": (scope.get("client") or [""])[0],
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": scope.get("scheme", "http"),
+        "wsgi.input": BytesIO(body),
+        "wsgi.input_terminated": True,
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": True,
+        "wsgi.run_once": False,
+        "mest.exchange": EXCHANGE.get(),
+    }
+    for name, value in scope["headers"]:
+        if name in (b"transfer-encoding", b"proxy") or b"_" in name:  # httpoxy.org
+            continue
+        key, text = name.decode("latin-1").upper().replace("-", "_"), value.decode("latin-1")
+        key = key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
+        joint = "; " if name == b"cookie" else ","
+        environ[key] = f"{environ[key]}{joint}{text}" if key in environ else text
+    if body:
+        environ["CONTENT_LENGTH"] = str(len(body))
+    return environ
 
 
 # Application
+
 
 def hooks_of(app):
     """Return what Flask calls for a request, besides the view."""
     hooks = [app.wsgi_app, app.config.get("TRUSTED_HOSTS"), *app.teardown_appcontext_funcs]
     scoped = app.before_request_funcs, app.after_request_funcs, app.teardown_request_funcs
-    for functions in (*scoped, app.url_value_preprocessors):
-        hooks += itertools.chain(*functions.values())
-    for codes in app.error_handler_spec.values():
-        hooks += itertools.chain(*codes.values())
+    for scope in (*scoped, app.url_value_preprocessors, *app.error_handler_spec.values()):
+        for functions in scope.values():
+            hooks += functions.values() if isinstance(functions, dict) else functions
     for name in ("request_started", "request_finished", "request_tearing_down"):
         hooks.append(getattr(flask, name).has_receivers_for(app))
     return [*hooks, flask.got_request_exception.has_receivers_for(app)]
@@ -2098,41 +1816,37 @@ class Mest:
 
     def __init__(self, config: MestConfig | str, app: flask.Flask | None = None, **fields: Any):
         if isinstance(config, str):
-            config, fields = MestConfig(config, **fields), {}
-        if not isinstance(config, MestConfig) or fields:
-            needed = 'a MestConfig with all fields, or a name: Mest("shop", workers=2, app=app)'
-            raise MestError(f"Mest was given {config!r}; it must be {needed}")
-        if not isinstance(app, (flask.Flask, type(None))):
-            raise MestError(f"Mest was given the application {app!r}; it must be a flask.Flask")
-        if app and "mest" in app.extensions:
-            raise MestError("the Flask application has a Mest already; add routers to that")
+            config = MestConfig(config, **fields)
+        elif fields or not isinstance(config, MestConfig):
+            raise MestError("Mest takes a MestConfig with all fields, or a name and fields")
         self.config = config
         self.logger = logging.getLogger(config.service_name) if app else set_up_logging(config)
         self.app = app or self._flask()
-        self.app.extensions["mest"] = self
-        self.app.wsgi_app = functools.partial(self._wsgi, self.app.wsgi_app)  # type: ignore
+        if self.app.extensions.setdefault("mest", self) is not self:
+            raise MestError("the Flask application has a Mest already; add routers to that")
+        self.app.wsgi_app = partial(self._wsgi, self.app.wsgi_app)  # type: ignore
         self._own_hooks = None if app else hooks_of(self.app)
         self._routers: dict[str, Router] = {}
         self._loaded: set[int] = set()  # ids of models
         self._edge: Edge | None = None
-        self._is_set_up = self._is_warm = False
+        self._is_set_up = False
         #: Whether the service is about to stop: probes say so, so that no more requests come.
         self.draining = False
         #: /livez, /readyz and /metrics, and /docs and /openapi.json. An application that Mest lives
         #: in may register them.
         self.probes, self.docs = Router("mest"), Router("mest_docs")
-        self.probes._add_own("livez", "GET", Endpoint(Mest.livez, is_probe=True))
-        self.probes._add_own("readyz", "GET", Endpoint(Mest.readyz, is_probe=True))
+        self.probes._add_own("livez", Endpoint(Mest.livez, is_probe=True))
+        self.probes._add_own("readyz", Endpoint(Mest.readyz, is_probe=True))
         if metrics():
-            self.probes._add_own("metrics", "GET", Endpoint(metrics_page, needs_key=False))
+            self.probes._add_own("metrics", Endpoint(metrics_page, needs_key=False))
         if config.docs:
-            self.docs._add_own("docs", "GET", Endpoint(docs_page, needs_key=False))
-            self.docs._add_own("openapi.json", "GET", Endpoint(openapi_json, needs_key=False))
+            self.docs._add_own("docs", Endpoint(docs_page, needs_key=False))
+            self.docs._add_own("openapi.json", Endpoint(openapi_json, needs_key=False))
         if not app:
             self.register_router("/", self.probes)
             self.register_router("/", self.docs)
 
-    @functools.cached_property
+    @cached_property
     def router(self) -> Router:
         """A router at "/", for a service that needs no other."""
         router = Router("root")
@@ -2164,9 +1878,9 @@ class Mest:
         def start(status, headers, exc_info=None):
             rule = getattr(environ.get("werkzeug.request"), "url_rule", None)
             exchange.route = rule.rule if rule else "other"
+            exchange.end(int(status[:3]))
             if not any(name.lower() == "x-request-id" for name, _ in headers):
                 headers = [*headers, ("X-Request-Id", exchange.id)]
-            exchange.end(int(status[:3]))
             return start_response(status, headers, exc_info)
 
         try:
@@ -2177,13 +1891,13 @@ class Mest:
         finally:
             EXCHANGE.reset(token)
 
-    def direct_routes(self) -> dict[tuple[str, str], Endpoint]:
+    def direct_routes(self):
         """Return the endpoints, by method and path, that the event loop may serve without Flask.
 
         They are probes and predict routes without variables in their urls, if Mest made the Flask
         application and nobody has added what Flask would have to call.
         """
-        routes: dict[tuple[str, str], Endpoint] = {}
+        routes = {}
         for rule, view in routes_of(self.app) if self._own_hooks == hooks_of(self.app) else ():
             is_own = isinstance(view, Endpoint) and (view.is_probe or view.model is not None)
             if is_own and not rule.arguments:
@@ -2192,15 +1906,15 @@ class Mest:
         return routes
 
     @property
-    def models(self) -> list[Any]:
+    def models(self):
         """The models that it loads: of the configuration, and GenericModels of predict routes."""
-        models = [*self.config.models_instances]
+        models = {id(model): model for model in self.config.models_instances}
         for _, view in routes_of(self.app):
             if isinstance(view, Endpoint) and isinstance(view.model, GenericModel):
-                models.append(view.model)
-        return [*{id(model): model for model in models}.values()]
+                models[id(view.model)] = view.model
+        return [*models.values()]
 
-    def livez(self) -> dict[str, str]:
+    def livez(self):
         """Whether the process can serve.
 
         It answers 503 if a model has been busy with one call for longer than liveness_timeout.
@@ -2208,16 +1922,15 @@ class Mest:
         limit = self.config.liveness_timeout
         for model in self.models if limit else ():
             if isinstance(model, GenericModel) and model._batcher.busy_for() > limit:
-                stuck = f"{type(model).__name__} has been in one call for more than {limit} s"
-                raise Problem(503, f"The model {stuck}.")
+                name = type(model).__name__
+                raise Problem(503, f"The model {name} has been in one call for over {limit} s.")
         return {"status": "alive"}
 
-    def readyz(self) -> dict[str, str]:
+    def readyz(self):
         """Whether requests may come: the models are loaded, and the service is not stopping."""
-        if self.draining:
-            raise Problem(503, f"{self.config.service_name} is shutting down.")
+        ping(self)
         for model in self.models:
-            if id(model) not in self._loaded and not getattr(model, "is_loaded", False):
+            if id(model) not in self._loaded:
                 raise Problem(503, f"The model {type(model).__name__} is not loaded.")
         return {"status": "ready"}
 
@@ -2236,26 +1949,16 @@ class Mest:
         """Do what `setup` does, even while the command imports the application."""
         directory = self.config.local_model_directory_path
         for model in self.models:
-            is_listed = any(model is other for other in self.config.models_instances)
-            if id(model) in self._loaded or not is_listed and vars(model).get("model") is not None:
+            if id(model) in self._loaded:
                 continue
-            name, began = type(model).__name__, time.monotonic()
+            name, began = type(model).__name__, monotonic()
             try:
                 in_fresh_thread(model.init, directory)
             except (Exception, SystemExit) as error:
-                cure = ""
-                if isinstance(error, ImportError):
-                    cure = f"; install it for {sys.executable}"
-                elif isinstance(error, OSError) and not os.path.isdir(directory):
-                    cure = f"; there is no directory {os.path.abspath(directory)}: set "
-                    cure += "local_model_directory_path"
-                reason = f"model {name} could not be loaded: {type(error).__name__}: {error}"
-                raise MestError(reason + cure) from error
-            seconds = time.monotonic() - began
+                reason = f"model {name} could not be loaded: {cause_of(error)}"
+                raise MestError(reason) from error
             self._loaded.add(id(model))
-            self.logger.info("model %s loaded in %.3f s", name, seconds)
-            if counted := metrics():
-                counted.load_seconds.labels(name).set(seconds)
+            self.logger.info("model %s loaded in %.3f s", name, monotonic() - began)
             if isinstance(model, GenericModel):
                 model._initialised = True
 
@@ -2266,7 +1969,7 @@ class Mest:
             MestError: a model cannot be loaded, or fails for an example.
         """
         self.load_models()
-        for rule, view in routes_of(self.app) if not self._is_warm else ():
+        for rule, view in routes_of(self.app):
             parameters: Any = getattr(view, "parameters", None)
             if getattr(view, "model", None) is None or parameters.example is None:
                 continue
@@ -2274,8 +1977,7 @@ class Mest:
                 in_fresh_thread(view.predict, parameters.check(copy.deepcopy(parameters.example)))
             except (Exception, SystemExit) as error:
                 failed = f"model {type(view.model).__name__} fails for the example of {rule.rule}"
-                raise MestError(f"{failed}: {type(error).__name__}: {error}") from error
-        self._is_warm = True
+                raise MestError(f"{failed}: {cause_of(error)}") from error
 
     def register_router(self, url: str, router: Router) -> None:
         """Put the routes of a router, present and future ones, under an url or several in turn.
@@ -2283,15 +1985,13 @@ class Mest:
         Raises:
             MestError: another router has its name, or another route one of its urls.
         """
-        if not isinstance(url, str) or not isinstance(router, Router):
-            raise MestError(f"register_router takes url and router, not {url!r} and {router!r}")
         name = router.name
         while name in self._routers:
             if self._routers[name] is not router:
                 raise MestError(f"there are two routers named {name!r}; rename one of them")
             name += "_2"
         self._routers[name] = router
-        register = functools.partial(self._add_route, url.strip("/"), name)
+        register = partial(self._add_route, url.strip("/"), name)
         router.registrations.append(register)
         for route in router.routes:
             register(*route)
@@ -2299,34 +1999,27 @@ class Mest:
     def _add_route(self, prefix, name, url, endpoint, options):
         """Add a route to the Flask application, unless it would hide another."""
         url = f"/{prefix}{url}" if prefix else url
-        place = options.get("subdomain"), options.get("host")
         for other, _ in routes_of(self.app):
             is_same = VARIABLE.sub("<>", other.rule) == VARIABLE.sub("<>", url)
-            taken = other.methods & {method.upper() for method in options["methods"]}
-            if is_same and taken - {"OPTIONS"} and (other.subdomain or None, other.host) == place:
+            taken = other.methods & {*map(str.upper, options["methods"])} - {"OPTIONS"}
+            if is_same and taken:
                 clash = f"{' '.join(taken)} {url} is a route already, of {other.endpoint!r}"
                 raise MestError(f"{clash}; give it another url in router {name!r}")
         if not self.app.url_value_preprocessors:  # which may take some away
-            try:
-                endpoint.check({*VARIABLE.findall(url), *(options.get("defaults") or ())})
-            except MestError as error:
-                raise MestError(f"the route {url}: {error}") from None
+            endpoint.check(url, options.get("defaults") or ())
         named = {**options, "endpoint": f"{name}.{options['endpoint']}"}
         self.app.add_url_rule(url, view_func=endpoint, **named)
         if self._is_set_up:
             self.setup()
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(self, scope, receive, send):
         """Serve as an ASGI application, of gunicorn's own worker, uvicorn and others."""
+        if scope["type"] != "http":
+            raise NotImplementedError(f"Mest does not serve {scope['type']}, but http")
         loop = asyncio.get_running_loop()
         if self._edge is None or self._edge.loop is not loop:
             self._edge = Edge(self, loop)
-        if scope["type"] == "http":
-            await self._edge.http(scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await self._edge.lifespan(receive, send)
-        else:
-            await send({"type": "websocket.close", "code": 1000})
+        await self._edge.http(scope, receive, send)
 
     def run(self, **options: Any) -> None:
         """Start the development server, on 127.0.0.1 if there is no `listen_host`, with the models.
@@ -2339,8 +2032,6 @@ class Mest:
             return
         if not options.get("use_reloader") or is_running_from_reloader():
             self.load_models()  # the reloader's parent only watches
-            if self.config.docs:
-                self.logger.info("/docs is a page to try the service in a browser")
         host = self.config.listen_host or "127.0.0.1"
         run_simple(host, self.config.listen_port, self.app, threaded=True, **options)
 
@@ -2357,41 +2048,22 @@ def in_fresh_thread(function, *args):
 # Serving
 
 
-#: Those that an event loop hears by a descriptor, which processes that models fork would share.
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGABRT
-
-
 def hear_signals_apart():
     """Let processes that a model forks hear signals as any process does, from their first moment.
 
     Else a signal to the child would be heard by the worker's loop, and the child go on.
     """
+    signals = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGABRT
+    block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, signals)
+    unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, signals)
 
     def forget():
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
+        for number in signals:
             signal.signal(number, signal.SIG_DFL)
         unblock()
 
-    block = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, SIGNALS)
-    unblock = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, SIGNALS)
     os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=forget)
-
-
-def raise_file_limit(connections):
-    """Raise the limit of open files if connections need it, and return for how many it is enough.
-
-    A loop that cannot accept for want of descriptors would write a line for each attempt.
-    """
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    spare = 200  # for files of the model, and for connections that are accepted at once
-    with contextlib.suppress(ValueError, OSError):
-        if resource.RLIM_INFINITY not in (soft, hard) and soft < min(connections + spare, hard):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    return connections if soft == resource.RLIM_INFINITY else max(1, min(connections, soft - spare))
 
 
 def connection_class():
@@ -2401,13 +2073,13 @@ def connection_class():
     class Connection(ASGIProtocol):
         def connection_made(self, transport):
             super().connection_made(transport)
-            self.used = time.monotonic()
-            if len(self.worker.connections) >= self.worker.worker_connections:
+            self.used = monotonic()
+            if len(self.worker.connections) >= self.worker.cfg.worker_connections:
                 transport.abort()
             self.worker.connections.add(self)
 
         def data_received(self, data):
-            self.used = time.monotonic()
+            self.used = monotonic()
             super().data_received(data)
 
         def connection_lost(self, error):
@@ -2421,8 +2093,8 @@ def close_idle(connections, seconds):
     """Close connections without a request for so long, those too that never sent a whole one."""
     for connection in [*connections]:
         if getattr(connection, "_current_request", None):
-            connection.used = time.monotonic()
-        elif time.monotonic() - connection.used >= seconds:
+            connection.used = monotonic()
+        elif monotonic() - connection.used >= seconds:
             connection.transport.close()
 
 
@@ -2432,8 +2104,7 @@ def worker_for(service):
 
     class Worker(gasgi.ASGIWorker):
         def init_process(self):
-            self.connections, self.explained = set(), 0.0
-            self.worker_connections = raise_file_limit(self.cfg.worker_connections)
+            self.connections = set()
             gasgi.ASGIProtocol = connection_class()
             super().init_process()
 
@@ -2444,15 +2115,7 @@ def worker_for(service):
         def run(self):
             super().init_signals()
             hear_signals_apart()
-            self.loop.set_exception_handler(self.explain)
             super().run()
-
-        def explain(self, loop, context):  # asyncio has a line for each connection it must refuse
-            if "out of system resource" not in context["message"]:
-                loop.default_exception_handler(context)
-            elif time.monotonic() - self.explained > 1:
-                self.explained = time.monotonic()
-                service.logger.error("too many files are open: connections have to wait")
 
         def notify(self):  # every second
             super().notify()
@@ -2475,15 +2138,7 @@ def worker_for(service):
 
 def settings_for(service, bind):
     """Return the settings of gunicorn that a Mest asks for."""
-    from gunicorn.glogging import Logger
-
     config = service.config
-
-    class Log(Logger):
-        def setup(self, cfg):
-            super().setup(cfg)
-            for handler in self.error_log.handlers:
-                handler.setFormatter(log_handler(config).formatter)
 
     def child_exit(server, worker):
         if metrics():
@@ -2502,7 +2157,6 @@ def settings_for(service, bind):
         "keepalive": 75,  # seconds; load balancers keep idle connections for 60
         "limit_request_line": 8190,  # bytes, the most that gunicorn takes
         "loglevel": "warning",
-        "logger_class": Log,
         "control_socket_disable": True,  # it writes to $HOME, which containers may lack
         "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
         "child_exit": child_exit,
@@ -2535,7 +2189,9 @@ def gunicorn_for(service, bind, options):
             try:
                 if self.cfg.preload_app:
                     service.load_models()
-                    check_fork(service)
+                    torch = sys.modules.get("torch")
+                    if torch and torch.cuda.is_initialized():
+                        raise MestError("CUDA does not survive the fork of --preload")
                 else:
                     service.warm_up()
             except MestError as error:
@@ -2552,30 +2208,16 @@ def gunicorn_for(service, bind, options):
     return Service()
 
 
-def check_fork(service):
-    """Warn of what loaded models do not carry into forked workers, or raise a MestError."""
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_initialized():
-        raise MestError("CUDA has been initialised, and does not survive the fork of --preload")
-    threads = [thread.name for thread in threading.enumerate() if thread.name != "MainThread"]
-    if threads:
-        text = "these threads will not run in the workers that --preload forks: %s"
-        service.logger.warning(text, ", ".join(threads))
-
-
 # Command line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `mest` command, and return its exit code: 1 for a failure, 2 for a wrong option."""
-    parser = command_line()
-    args = parser.parse_args(argv)
+    args = command_line().parse_args(argv)
     try:
         for field in MestConfig.settings():
             if hasattr(args, field.name):
-                text = getattr(args, field.name)
-                MestConfig.convert(field, text, f"--{field.name.removeprefix('listen_')}")
-                os.environ[f"MEST_{field.name.upper()}"] = text  # beats the code
+                os.environ[f"MEST_{field.name.upper()}"] = getattr(args, field.name)
         return args.run(args)
     except MestError as error:
         print(report(error), file=sys.stderr)
@@ -2589,21 +2231,20 @@ def command_line():
     app = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     about = "the application, and its Mest's name; default $MEST_APP or app.py"
     app.add_argument("--app", metavar="FILE_OR_MODULE[:NAME]", help=about)
-    parser = argparse.ArgumentParser("mest", description=__doc__.split(" This ")[0], parents=[app])
+    parser = argparse.ArgumentParser("mest", description="Serve a model.", parents=[app])
     parser.add_argument("--version", action="version", version=f"mest {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="serve the application", parents=[app])
+    run = commands.add_parser("run", help="serve the application")
     servers = run.add_subparsers(required=True, metavar="SERVER")
 
     def add(group, name, run, *fields):
-        about = {"help": run.__doc__, "description": run.__doc__}
         command = group.add_parser(
-            name, parents=[app], allow_abbrev=False, argument_default=argparse.SUPPRESS, **about
+            name, help=run.__doc__, parents=[app], argument_default=argparse.SUPPRESS
         )
         command.set_defaults(run=run, options=[])
         for field in MestConfig.settings():
             if field.name in fields:
-                option = "--" + field.name.removeprefix("listen_").replace("_", "-")
+                option = "--" + field.name.removeprefix("listen_")
                 command.add_argument(option, dest=field.name, help=field.metadata["meaning"])
         return command
 
@@ -2611,7 +2252,6 @@ def command_line():
     dev.add_argument("--no-reload", dest="reload", action="store_false", default=True)
     fields = "listen_host", "listen_port", "workers", "threads"
     production = add(servers, "gunicorn", run_gunicorn, *fields)
-    production.add_argument("--access-log", action="store_const", const="1", help="log requests")
     production.add_argument("--preload", action="store_true", help="load the models before forking")
     production.add_argument("options", nargs="*", metavar="-- OPTIONS", help="gunicorn's own")
     add(commands, "shell", run_shell)
@@ -2637,10 +2277,13 @@ def run_dev(args):
 def run_gunicorn(args):
     """serve in production with gunicorn, whose own options may follow a --"""
     need("gunicorn")
-    if not hasattr(os, "fork"):
-        raise MestError("gunicorn does not run on Windows; use mest run dev, or a container")
+    import resource
+
     from gunicorn.errors import AppImportError, HaltServer
 
+    with suppress(ValueError, OSError):  # each connection is an open file
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # Libraries of linear algebra read that when they are imported: a worker has so many CPUs.
     cpus = str(max(1, available_cpus() // int(MestConfig("mest").workers)))
     for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR"):
@@ -2668,11 +2311,9 @@ def run_shell(args):
     """start a Python prompt with the models loaded"""
     service, module = load_app(args)
     service.load_models()
-    models = [*map(id, service.models)]
-    names = {name: value for name, value in vars(module).items() if id(value) in models}
-    names |= {"mest_app": service, "app": service.app, "client": client_of(service)}
+    names = {"mest_app": service, "app": service.app, "client": client_of(service)}
     with service.app.app_context():
-        code.interact(f"{service.config.service_name}: {', '.join(names)}", local=names, exitmsg="")
+        code.interact(f"There are {', '.join(names)}.", local=vars(module) | names, exitmsg="")
     return 0
 
 
@@ -2686,41 +2327,35 @@ def client_of(service):
 def run_test(args):
     """send each example to the application, if there is one, then run pytest"""
     failed = 0
-    has_app = hasattr(args, "app") or "MEST_APP" in os.environ or os.path.isfile("app.py")
-    if has_app:
+    if hasattr(args, "app") or "MEST_APP" in os.environ or os.path.isfile("app.py"):
         service, _ = load_app(args)
         service.load_models()
         failed = send_examples(service)
-        if not args.options and not importlib.util.find_spec("pytest"):
-            return failed
     pytest = need("pytest")
     sys.path.insert(0, os.getcwd())
     status = int(pytest.main(args.options))
     has_no_tests = status == pytest.ExitCode.NO_TESTS_COLLECTED and not args.options
-    return failed if has_app and has_no_tests else status or failed
+    return failed if has_no_tests else status or failed
 
 
 def send_examples(service):
     """Send each example to the service, say how it went, and return 1 if one is not answered."""
-    client, failed, sent = client_of(service), 0, 0
+    client, failed = client_of(service), 0
     for rule, view in routes_of(service.app):
         example = getattr(getattr(view, "parameters", None), "example", None)
-        if example is None or rule.arguments - example.keys():
-            continue  # there is none, or it says nothing about the path
-        _, url = rule.build(example, append_unknown=False)
-        rest = {name: value for name, value in example.items() if name not in rule.arguments}
-        files = {name: (BytesIO(v), name) for name, v in rest.items() if isinstance(v, bytes)}
+        if example is None or rule.arguments:  # it says nothing about the path
+            continue
+        files = {name: (BytesIO(v), name) for name, v in example.items() if isinstance(v, bytes)}
         for method in rule.methods - {"HEAD", "OPTIONS"}:
-            request = {"data": {**rest, **files}} if files else {"json": rest}
+            sent = {"data": {**example, **files}} if files else {"json": example}
             if method not in BODY_METHODS:
-                request = {"query_string": rest}
-            response = client.open(url, method=method, **request)
+                sent = {"query_string": example}
+            response = client.open(rule.rule, method=method, **sent)
             is_answered = response.status_code < 300
-            print(f"{method} {url}: {response.status_code}", "" if is_answered else response.text)
-            sent, failed = sent + 1, failed + (not is_answered)
-    hint = "" if sent else ": give routes an example={…}, and it is sent here"
-    print(f"{sent - failed} of {sent} examples are answered{hint}")
-    return min(failed, 1)
+            text = "" if is_answered else response.text
+            print(f"{method} {rule.rule}: {response.status_code}", text)
+            failed |= not is_answered
+    return int(failed)
 
 
 def need(package):
@@ -2752,17 +2387,13 @@ def load_app(args):
     except MestError:
         raise
     except (Exception, SystemExit) as error:
-        reason = f"{path} cannot be imported: {type(error).__name__}: {error}"
-        cure = f"; install it for {sys.executable}" if isinstance(error, ImportError) else ""
-        raise MestError(reason + cure) from error
+        raise MestError(f"{path} cannot be imported: {cause_of(error)}") from error
     finally:
         Mest._run_by_command = False
     found = {key: value for key, value in vars(module).items() if isinstance(value, Mest)}
-    if not name and len({*map(id, found.values())}) == 1:
-        name = min(found)
+    name = name or next(iter(found), "mest_app")
     if name not in found:
-        have = f"its instances of Mest are {', '.join(found)}" if found else "it has no Mest"
-        raise MestError(f"{path}: {have}; make one named mest_app, or name one: --app {path}:NAME")
+        raise MestError(f"{path} has no Mest named {name}, but {[*found]}; make one, or name it")
     return found[name], module
 
 
@@ -2808,28 +2439,26 @@ const join = (texts, between) => texts.filter(Boolean).join(between);
 const show = value => typeof value === "string" ? value : JSON.stringify(value);
 const parse = text => { try { return JSON.parse(text) ?? {}; } catch { return {}; } };
 const quote = text => `'${text.replaceAll("'", "'\\''")}'`;
-const core = schema => schema.anyOf ? schema.anyOf[0] : schema; // the other one is null
+const typeOf = schema => [].concat(schema.type ?? "")[0]; // the others are null, as a rule
 const inLine = errors => [].concat(errors).flatMap(error => error instanceof Object
   ? entries(error).map(([name, its]) => `${name}: ${inLine(its)}`) : error).join("; ");
 const LIMITS = { minimum: "at least", maximum: "at most", minLength: "length from",
-  maxLength: "length to", minItems: "items from", maxItems: "items to", pattern: "matches",
-  enum: "one of", default: "default" };
+  maxLength: "length to", minItems: "items from", maxItems: "items to", enum: "one of",
+  default: "default" };
 function kind(schema) { // in words
-  const { anyOf, type = [], format, items, properties = {} } = schema;
-  const words = [format ? "file" : [].concat(anyOf?.map(kind) ?? type).join(" or ")];
+  const { type = [], format, items, properties = {} } = schema;
+  const words = [format ? "file" : [].concat(type).join(" or ")];
   for (const name in LIMITS) words.push(name in schema && `${LIMITS[name]} ${show(schema[name])}`);
-  const each = new Set((schema.prefixItems || (items ? [items] : [])).map(kind));
   const fields = entries(properties).map(([name, field]) => `${name}: ${kind(field)}`);
-  words.push(each.size && `of ${join([...each], "; ")}`, fields.length && `{${fields.join("; ")}}`);
+  words.push(items && `of ${kind(items)}`, fields.length && `{${fields.join("; ")}}`);
   return join(words, ", ").replace(/(\w+) from (\d+), \1 to \2\b/, "$1 exactly $2");
 }
 function sample(schema) { // a value that it allows, as far as can be told
   if ("default" in schema) return schema.default;
-  const { type, items = {}, minItems, properties = {}, required = [], ...own } = core(schema);
-  const names = required.length ? required : Object.keys(properties);
-  const several = own.prefixItems || Array(Math.min(minItems || 1, 4096)).fill(items);
+  const { items = {}, minItems, properties = {}, required = [], ...own } = schema;
+  const names = required.length ? required : Object.keys(properties), type = typeOf(schema);
   if (own.enum) return own.enum[0];
-  if (type === "array") return several.map(sample);
+  if (type === "array") return Array(Math.min(minItems || 1, 4096)).fill(items).map(sample);
   if (type === "object") return Object.fromEntries(names.map(n => [n, sample(properties[n])]));
   if (type === "boolean") return true;
   if (/integer|number/.test(type)) return own.minimum ?? Math.min(1, own.maximum ?? 1);
@@ -2851,7 +2480,7 @@ function route(path, method, operation, server, key) { // a form for what it tak
     "form, table, textarea, .error, [type=button], [role=status], pre");
   [node.id, others.id, text.hidden] = [id, `${id}-others`, !isJson];
   for (const field of fields) {
-    const { name, schema, required } = field, own = core(schema), isList = own.type === "array";
+    const { name, schema, required } = field, isList = typeOf(schema) === "array";
     const about = join([kind(schema), required && "required"], ", ");
     const row = copy("field", { code: name, td: join([about, schema.description], ": ") });
     const [input, error] = row.querySelectorAll("input, .error");
@@ -2859,7 +2488,7 @@ function route(path, method, operation, server, key) { // a form for what it tak
     error.id = `${id}-${name}-error`;
     input.setAttribute("aria-describedby", error.id);
     Object.assign(input, { ariaLabel: name, hidden: field.in === "body", multiple: isList });
-    if (core(own.items || own).format) input.type = "file";
+    if ((schema.items || schema).format) input.type = "file";
     else input.value = isList ? value : show(value);
     field.values = () => input.files || input.value.match(isList ? /[^,]+/g : /.+/) || [];
     table.append(row);
@@ -2905,22 +2534,22 @@ function route(path, method, operation, server, key) { // a form for what it tak
 }
 async function start() {
   const place = new URL("openapi.json", location), groups = {};
-  const { info, paths, servers, security } = await (await fetch(place)).json();
+  const { info, paths, servers } = await (await fetch(place)).json();
   const server = new URL(`${servers[0].url}/`, place), key = byId("key").querySelector("input");
   document.title = byId("title").textContent = info.title;
-  byId("key").hidden = !security;
   for (const [path, item] of entries(paths)) for (const [method, operation] of entries(item)) {
-    const [tag] = operation.tags, needed = security && !operation.security && key;
+    const [tag] = operation.tags, needed = operation.security.length && key;
+    if (needed) byId("key").hidden = false;
     groups[tag] ||= copy("group", { h2: tag });
     groups[tag].append(route(path, method.toUpperCase(), operation, server, needed));
   }
   byId("routes").append(...Object.values(groups), groups.mest || "");
   const chosen = byId(decodeURIComponent(location.hash.slice(1)));
   (chosen || document.querySelector("details:has(tr)") || {}).open = true;
-  const said = parse(await (await fetch("readyz")).text()), models = info["x-models"].join(", ");
+  const said = parse(await (await fetch("readyz")).text());
   const state = { ready: "ready", 503: `not ready: ${said.detail}` }[said.status];
-  byId("state").textContent = join([state, info.version !== "0" && `version ${info.version}`,
-    models && `models: ${models}`, `Mest ${info["x-mest"]}`], " · ");
+  byId("state").textContent = join([state, info.version !== "0" && `version ${info.version}`],
+    " · ");
 }
 start().catch(error => byId("state").textContent = `This page cannot be shown: ${error.message}`);
 </script>
