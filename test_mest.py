@@ -694,7 +694,8 @@ QUERY = {
 @pytest.mark.parametrize("query, params", [
     ("n=3&f=2.5e1&b=True&s=7&either=4&any=5",
      {"n": 3, "f": 25.0, "b": True, "s": "7", "either": 4, "any": "5"}),
-    ("v=1&v=2.5", {"v": [1, 2.5]}), ("v=1", {"v": [1]}), ("", {}), ("s=", {"s": ""}), ("s=%C3%A9+a%26", {"s": "é a&"}),
+    ("v=1&v=2.5", {"v": [1, 2.5]}), ("v=1", {"v": [1]}), ("", {}),
+    ("s=", {"s": ""}), ("s=%C3%A9+a%26", {"s": "é a&"}),
     ("any=1&any=2", {"any": ["1", "2"]}),
     *((query, query[0]) for query in [
         "n=x", "n=2.5", "f=nan", "f=1e999", "f=inf", "b=maybe", "b=1", "v=1&v=x", "n=1&n=2", "n=",
@@ -709,7 +710,7 @@ def test_parameters_come_from_the_query(ask, query, params):
 
 
 @pytest.mark.parametrize("sent, status, detail", [
-    ({"data": b"x", "content_type": "text/plain"}, 415, "Content-Type 'text/plain'; send a JSON object"),
+    ({"data": b"x", "content_type": "text/plain"}, 415, "'text/plain'; send a JSON object"),
     ({"data": b"x"}, 415, "Content-Type 'none'; send a JSON object"),
     ({"data": b' {"x": 1}', "content_type": FORM}, 415, "Content-Type: application/json"),
     ({"data": b"x", "content_type": "multipart/form-data"}, 400, "not a valid form"),
@@ -976,7 +977,7 @@ def test_an_annotation_that_stands_for_no_rules_is_refused(annotation):
 
     function.__annotations__ = {"x": annotation} if annotation else {}
     fault = re.escape(annotation) if annotation else "x"
-    with pytest.raises(MestError, match=rf"function\(\) .* argument .*{fault}.*; annotate it with bool"):
+    with pytest.raises(MestError, match=rf"has the argument .*{fault}.*; annotate it with bool"):
         mest.schema_of(function)
 
 
@@ -993,7 +994,8 @@ def injected(function):
     (None, "", lambda a: 1, "required argument: 'a'; is @validate_params missing below the route"),
     (A, "<n>", lambda a=0: 1, "unexpected keyword argument 'n'"),
     (A, "", lambda: 1, "unexpected .*'a'"), (A, "", lambda a=0, /: 1, "'a'.* positional"),
-    (A, "", lambda a: 1, "'a'; .*what of that is required"), (EXCLUDING, "", lambda a=0, b=0: 1, ""), (AB, "", lambda a, b=0: 1, ""),
+    (A, "", lambda a: 1, "'a'; .*what of that is required"),
+    (EXCLUDING, "", lambda a=0, b=0: 1, ""), (AB, "", lambda a, b=0: 1, ""),
     (AB, "<n>", lambda a, n, **others: 1, ""), (AB, "", lambda a, *, b=0: 1, ""),
     ({"a": {"default": 1}}, "", lambda a: 1, ""), (None, "<n>", lambda n: 1, ""),
     ({"a": {"default_setter": lambda document: 1}}, "", lambda a: 1, ""),
@@ -1005,7 +1007,7 @@ def test_a_handler_must_be_able_to_take_what_it_will_be_given(router, schema, ur
     handler = handler if schema is None else validate_params(schema)(handler)
     router.route(f"it/{url}", endpoint="it")(handler)
     if fault:
-        with pytest.raises(MestError, match=rf"^<lambda>\(\) does not fit the route /it/{url}: .*{fault}"):
+        with pytest.raises(MestError, match=rf" does not fit the route /it/{url}: .*{fault}"):
             make().register_router("/", router)
     else:
         assert client_of(router).post(f"/it/{url and 5}", json={"a": 1}).status_code in (200, 422)
@@ -1474,9 +1476,11 @@ NUMBER = {"type": "number"}
 @pytest.mark.parametrize(
     "rules, schema",
     [
-        ({"type": "date"}, {}), ({"type": "float", "coerce": int}, {}), ({}, {}), ({"type": "float", "min": 0}, {**NUMBER, "minimum": 0}),
+        ({"type": "date"}, {}), ({"type": "float", "coerce": int}, {}), ({}, {}),
+        ({"type": "float", "min": 0}, {**NUMBER, "minimum": 0}),
         ({"type": "float", "default": 1}, {"type": ["number", "null"], "default": 1}),
-        ({"type": ["string", "list"], "maxlength": 2}, {"type": ["string", "array"], "maxLength": 2}),
+        ({"type": ["string", "list"], "maxlength": 2},
+         {"type": ["string", "array"], "maxLength": 2}),
         ({"type": "string", "allowed": ["a"], "nullable": True},
          {"type": ["string", "null"], "enum": ["a", None]}),
         ({"type": "string", "allowed": ["a", "b"]}, {"type": "string", "enum": ["a", "b"]}),
@@ -1502,7 +1506,7 @@ def test_a_predict_route_is_described_with_all_that_it_takes_and_answers(router)
     content = {"schema": mest.fields_schema(X), "example": {"x": 4}}
     assert predict["requestBody"]["content"] == {"application/json": content}
     assert [predict["operationId"], predict["tags"]] == ["post_predict", ["v1"]]
-    assert [predict["summary"], predict["description"]] == ["Doubles a number.", "Exactly."]
+    assert predict["summary"] == "Doubles a number.\n\nExactly."
     assert predict["responses"].keys() == {"200", "default"}
 
 
@@ -1525,7 +1529,8 @@ def test_a_handler_is_described_with_its_path_query_and_files(router):
 
 def test_the_page_allows_nothing_but_itself_and_can_be_switched_off():
     page = make().app.test_client().get("/docs")
-    assert re.match("default-src 'none'; .*connect-src 'self'", page.headers["Content-Security-Policy"])
+    policy = page.headers["Content-Security-Policy"]
+    assert re.match("default-src 'none'; .*connect-src 'self'", policy)
     assert not re.search("innerHTML|insertAdjacent|document.write|https?://", page.text)
     assert make(docs=False).app.test_client().get("/docs").status_code == 404
 
@@ -2627,7 +2632,7 @@ def test_the_wheel_holds_the_module_and_nothing_else(tmp_path):
     assert {*map(str.lower, needed)} == {"cerberus", "flask", "gunicorn"}
 
 
-@pytest.mark.parametrize("name, most", [("README.md", 290), ("example_app.py", 60)])
+@pytest.mark.parametrize("name, most", [("README.md", 260), ("example_app.py", 60)])
 def test_the_files_are_short(name, most):
     lines = (HERE / name).read_text().splitlines()
     assert len(lines) <= most
