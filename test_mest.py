@@ -590,7 +590,7 @@ Point = dataclasses.make_dataclass("Point", ["x", "y"])
 Fixed = dataclasses.make_dataclass("Fixed", ["x"], frozen=True)
 CIRCLE = []
 CIRCLE.append(CIRCLE)
-ID, AT = "00000000-0000-0000-0000-000000000007", "2024-01-02T03:04:05"
+AT = "2024-01-02T03:04:05"
 
 
 def value_of(source):
@@ -613,7 +613,6 @@ SENT = [
     ]),
     (f"pandas.Timestamp('{AT}')", AT),
     (f"pandas.Timestamp('{AT}.123456789', tz='UTC')", f"{AT}.123456789+00:00"),
-    ("UUID(int=7)", ID),
     ("Color.RED", 1), ("Color.AT", "2024-01-02"), ("Size.BIG", 3), ("Array(3, 'item')", 3),
     ("numpy.float32(.5)", 0.5),
     ("numpy.int64(3)", 3), ("numpy.uint64(2**64 - 1)", 2**64 - 1), ("numpy.str_('é')", "é"),
@@ -630,12 +629,13 @@ def test_dates_are_sent_in_iso_8601_and_numbers_as_numbers(source, sent):
 
 @pytest.mark.parametrize("source, sent", [
     ("[Array([[0.5]]), (Array(2, 'item'),)]", [[[0.5]], [2]]), ("Color.PAIR", [1, 2]),
-    ("Point(Fixed(1), UUID(int=7))", {"x": {"x": 1}, "y": ID}), ("numpy.array(5)", 5),
+    ("Point(Fixed(1), date(2024, 1, 2))", {"x": {"x": 1}, "y": "2024-01-02"}),
+    ("numpy.array(5)", 5),
     ("{'p': numpy.float32(0.5), 1: numpy.bool_(True)}", {"p": 0.5, "1": True}),
     ("numpy.arange(6).reshape(2, 3)", [[0, 1, 2], [3, 4, 5]]), ("numpy.array([], 'M8[D]')", []),
     ("numpy.array([['2024-01-02']], 'M8[D]')", [["2024-01-02"]]),
     (f"numpy.array('{AT}', 'M8[ns]')", f"{AT}.000000000"),
-    ("numpy.array([date(2024, 1, 2), UUID(int=7)], object)", ["2024-01-02", ID]),
+    ("numpy.array([date(2024, 1, 2), 1], object)", ["2024-01-02", 1]),
     ("numpy.array([numpy.datetime64(1, 'Y')], object)", ["1971"]),
     (f"pandas.Series(pandas.to_datetime(['{AT}']))", [AT]), ("pandas.Series([1, 2])", [1, 2]),
     (f"pandas.DatetimeIndex(['{AT}'], tz='UTC')", [f"{AT}+00:00"]),
@@ -660,7 +660,7 @@ def test_arrays_and_lists_are_sent_with_what_they_hold(source, sent):
     ("numpy.timedelta64(1, 'ns')", "timedelta64"), ("numpy.array([1], 'm8[M]')", "a ndarray"),
     ("numpy.clongdouble(1j)", "a clongdouble"), ("numpy.array([1j], 'G')", "a clongdouble"),
     ("CIRCLE", "Circular reference"), ("'\\ud800'", "surrogates"), ("{(1, 2): 3}", "tuple"),
-    ("{UUID(int=7): 1}", "keys must be"), ("{numpy.int64(1): 1}", "keys must be"),
+    ("UUID(int=7)", "a UUID"), ("{numpy.int64(1): 1}", "keys must be"),
 ])
 def test_what_json_cannot_express_is_an_error_and_never_a_wrong_value(source, reason):
     value = value_of(source)
