@@ -58,19 +58,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
+from decimal import Decimal
 from enum import Enum
 from functools import cache, cached_property, lru_cache, partial, wraps
 from http import HTTPMethod
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from queue import Empty, SimpleQueue
 from threading import current_thread
 from time import monotonic, sleep
 from types import SimpleNamespace, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from urllib.parse import parse_qs, unquote_to_bytes
+from uuid import UUID
 
 import cerberus
 import flask
@@ -393,12 +395,20 @@ def plain(value):
     """Return what stands for an object in JSON, or raise a TypeError: for the encoder."""
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, (date, time_of_day)):
-        return value.isoformat()
+    if isinstance(value, (UUID, PurePath)):
+        return str(value)
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, (date, time_of_day, timedelta)):
+        if value != value:
+            raise ArithmeticError("NaT")  # pandas's
+        return value.total_seconds() if isinstance(value, timedelta) else value.isoformat()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     kind = getattr(getattr(value, "dtype", None), "kind", "")
     if kind == "M" and not hasattr(value, "to_list"):  # numpy's times, not pandas's
+        if (value != value).any():
+            raise ArithmeticError("NaT")
         return value.astype(str).tolist()
     for method in ("tolist", "item") if kind != "m" else ():  # of arrays and their scalars
         items = getattr(value, method, lambda: value)()
@@ -1186,6 +1196,8 @@ def read_body(http):
         http.max_content_length = limit + 1  # Werkzeug stops reading there, and says nothing
         try:
             body = http.get_data()
+        except HTTPException:  # of the event loop
+            raise
         except Exception:  # each server has exceptions of its own
             raise Problem(400, "The body is malformed or ended early.") from None
         if len(body) < length and "form" not in vars(http):  # which a hook has parsed
@@ -1275,6 +1287,8 @@ class Endpoint:
     def check(self, *given):
         """Raise a MestError if the handler or model cannot take what requests will give it."""
         function, schema = self.handler, {}
+        if inspect.isasyncgenfunction(inspect.unwrap(function)):
+            raise MestError(f"{name_of(function)} is an async generator; write def, and yield")
         if self.model is not None:
             function, schema = first_stage(self.model), self.parameters.schema
         elif getattr(function, "checked", None) is getattr(function, "__wrapped__", self):
@@ -1553,25 +1567,23 @@ class Edge:
         exchange = Exchange(self.service, scope["method"], scope["path"], sent_id)
         EXCHANGE.set(exchange)
         self.deadlines[task] = exchange.deadline
-        late = Problem(408, "The body did not come in time.")
         try:
             body = await self.body(task, headers, receive)
-            if body is None:
-                raise late
-            late = Problem(504, LATE)
             endpoint = self.direct.get((exchange.method, exchange.path))
             media_type = media_type_of(headers.get(b"content-type", ""))
             if endpoint and media_type not in FORM_TYPES and len(headers) == len(scope["headers"]):
+                if isinstance(body, Problem):
+                    raise body
                 exchange.route = exchange.path
                 response = await self.answer(endpoint, scope, headers, body)
             else:
                 self.deadlines[task] = math.inf  # a stream may last
                 response = await self.through_flask(scope, send, body)
         except asyncio.CancelledError:
-            if task in self.deadlines or task.uncancel():  # the client has left
+            if not self.was_swept(task):  # the client has left
                 exchange.end(499)
                 raise
-            response = self.refusal(late)
+            response = self.refusal(Problem(504, LATE))
         except Exception as error:
             response = self.refusal(error)
         finally:
@@ -1591,27 +1603,33 @@ class Edge:
         response = problem.get_response({})
         return response.status_code, response.get_wsgi_headers({}), response.get_data()
 
-    async def body(self, task, headers, receive):
-        """Return the body of a request, or None if it does not come to its end.
+    def was_swept(self, task):
+        """Return whether the deadline has cancelled a task, and only that: then it may go on."""
+        return task not in self.deadlines and not task.uncancel()
 
-        Raises:
-            Problem: 413, if it is too long.
-        """
+    async def body(self, task, headers, receive):
+        """Return the body of a request, or the Problem that it is: 408 if it comes late, 413."""
         known, size, parts, more = int(headers.get(b"content-length", "0")[:18]), 0, [], True
-        while more and size <= max(MAX_READ, self.max_body_bytes):
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                await asyncio.sleep(0.05)  # the server cancels the task if the client has left
-                if task.cancelling():  # which wait_for may have swallowed
-                    raise asyncio.CancelledError
-                return None
-            more, part = message.get("more_body", False), message.get("body", b"")
-            size += len(part)
-            known = max(known, size)
-            if known <= self.max_body_bytes:
-                parts.append(part)
+        late = Problem(408, "The body did not come in time.")
+        try:
+            while more and size <= max(MAX_READ, self.max_body_bytes):
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    await asyncio.sleep(0.05)  # the server cancels the task if the client has left
+                    if task.cancelling():  # which wait_for may have swallowed
+                        raise asyncio.CancelledError
+                    return late
+                more, part = message.get("more_body", False), message.get("body", b"")
+                size += len(part)
+                known = max(known, size)
+                if known <= self.max_body_bytes:
+                    parts.append(part)
+        except asyncio.CancelledError:
+            if not self.was_swept(task):
+                raise
+            return late
         if known > self.max_body_bytes:
-            raise Problem(413, f"The body is longer than {self.max_body_bytes} bytes.")
+            return Problem(413, f"The body is longer than {self.max_body_bytes} bytes.")
         return b"".join(parts)
 
     async def answer(self, endpoint, scope, headers, body):
@@ -1742,12 +1760,19 @@ class FlaskCall:
 
 def environ_of(scope, body):
     """Return a request as WSGI has it (PEP 3333), with the bytes of the path as they were sent."""
-    path = scope.get("raw_path") or scope["path"].encode()
+    path = unquote_to_bytes(scope.get("raw_path") or scope["path"]).decode("latin-1")
+    stream: Any = BytesIO(b"" if isinstance(body, Problem) else body)
+    if isinstance(body, Problem):  # who reads it finds out why
+
+        def read(*args):
+            raise body
+
+        stream = SimpleNamespace(read=read, readline=read)
     host, port = scope.get("server") or ("localhost", None)
     environ = {
         "REQUEST_METHOD": scope["method"],
-        "SCRIPT_NAME": "",
-        "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
+        "SCRIPT_NAME": scope.get("root_path", ""),
+        "PATH_INFO": path,
         "QUERY_STRING": scope["query_string"].decode("latin-1"),
         "SERVER_NAME": host,
         "SERVER_PORT": str(port or 80),  # none is on a Unix socket
@@ -1755,7 +1780,7 @@ def environ_of(scope, body):
         "REMOTE_ADDR": (scope.get("client") or [""])[0],
         "wsgi.version": (1, 0),
         "wsgi.url_scheme": scope.get("scheme", "http"),
-        "wsgi.input": BytesIO(body),
+        "wsgi.input": stream,
         "wsgi.input_terminated": True,
         "wsgi.errors": sys.stderr,
         "wsgi.multithread": True,
@@ -1770,7 +1795,7 @@ def environ_of(scope, body):
         key = key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
         joint = "; " if name == b"cookie" else ","
         environ[key] = f"{environ[key]}{joint}{text}" if key in environ else text
-    if body:
+    if isinstance(body, bytes) and body:
         environ["CONTENT_LENGTH"] = str(len(body))
     return environ
 
@@ -2063,7 +2088,7 @@ def connection_class():
         def connection_made(self, transport):
             super().connection_made(transport)
             self.used = monotonic()
-            if len(self.worker.connections) >= self.worker.cfg.worker_connections:
+            if len(self.worker.connections) >= self.worker.worker_connections:
                 transport.abort()
             self.worker.connections.add(self)
 
@@ -2076,6 +2101,20 @@ def connection_class():
             self.worker.connections.discard(self)
 
     return Connection
+
+
+def file_limit(cfg):
+    """Return how many connections there may be, and raise the limit of open files as far as it can.
+
+    A loop that cannot accept for want of descriptors would write a line for each attempt.
+    """
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    spare = most - 200 if most != resource.RLIM_INFINITY else sys.maxsize  # 200 for the model
+    return max(1, min(cfg.worker_connections, spare))
 
 
 def close_idle(connections, seconds):
@@ -2093,7 +2132,7 @@ def worker_for(service):
 
     class Worker(gasgi.ASGIWorker):
         def init_process(self):
-            self.connections = set()
+            self.connections, self.worker_connections = set(), file_limit(self.cfg)
             gasgi.ASGIProtocol = connection_class()
             super().init_process()
 
@@ -2264,13 +2303,8 @@ def run_dev(args):
 def run_gunicorn(args):
     """serve in production with gunicorn, whose own options may follow a --"""
     need("gunicorn")
-    import resource
-
     from gunicorn.errors import AppImportError, HaltServer
 
-    with suppress(ValueError):  # each connection is an open file
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # Libraries of linear algebra read that when they are imported: a worker has so many CPUs.
     cpus = str(max(1, available_cpus() // int(MestConfig("mest").workers)))
     for library in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR"):

@@ -590,7 +590,7 @@ Point = dataclasses.make_dataclass("Point", ["x", "y"])
 Fixed = dataclasses.make_dataclass("Fixed", ["x"], frozen=True)
 CIRCLE = []
 CIRCLE.append(CIRCLE)
-AT = "2024-01-02T03:04:05"
+ID, AT = "00000000-0000-0000-0000-000000000007", "2024-01-02T03:04:05"
 
 
 def value_of(source):
@@ -604,6 +604,8 @@ SENT = [
     ("datetime(2024, 1, 2, 3, 4, 5, 6, UTC)", f"{AT}.000006+00:00"),
     ("datetime(2024, 1, 2, 3, 4, 5).time()", "03:04:05"),
     ("datetime(2024, 1, 2, 3, 4, 5, tzinfo=UTC).timetz()", "03:04:05+00:00"),
+    ("timedelta(seconds=90)", 90.0), ("timedelta(days=-1, microseconds=1)", -86399.999999),
+    ("Decimal('-0.25')", -0.25), ("Decimal('3')", 3.0), ("UUID(int=7)", ID), ("Path('a/b')", "a/b"),
     *((f"numpy.datetime64('{AT}', '{unit}')", sent) for unit, sent in [
         ("Y", "2024"), ("M", "2024-01"), ("W", "2023-12-28"), ("D", "2024-01-02"), ("s", AT),
         ("h", "2024-01-02T03"), ("m", "2024-01-02T03:04"), ("ns", f"{AT}.000000000"),
@@ -611,7 +613,7 @@ SENT = [
     *((f"numpy.datetime64(1, '{unit}')", f"1970-01-01T00:00:00.{1:0{digits}}") for unit, digits in [
         ("ms", 3), ("us", 6), ("ns", 9), ("ps", 12), ("fs", 15), ("as", 18),
     ]),
-    (f"pandas.Timestamp('{AT}')", AT),
+    (f"pandas.Timestamp('{AT}')", AT), ("pandas.Timedelta('1.5s')", 1.5),
     (f"pandas.Timestamp('{AT}.123456789', tz='UTC')", f"{AT}.123456789+00:00"),
     ("Color.RED", 1), ("Color.AT", "2024-01-02"), ("Size.BIG", 3), ("Array(3, 'item')", 3),
     ("numpy.float32(.5)", 0.5),
@@ -656,11 +658,13 @@ def test_arrays_and_lists_are_sent_with_what_they_hold(source, sent):
     ("range(3)", "a range"), ("Point", "a type"), ("pandas.DataFrame({'a': [1]})", "a DataFrame"),
     ("pandas.NA", "NAType"), ("numpy.array([1, numpy.nan])", "NaN"), ("Array([NAN])", "NaN"),
     ("NAN", "NaN and infinity have no form"), ("float('-inf')", "NaN and infinity have no form"),
-    ("{NAN: 3}", "NaN"), ("timedelta(1)", "a timedelta"), ("Decimal(1)", "a Decimal"),
+    ("{NAN: 3}", "NaN"), ("Decimal('NaN')", "NaN"), ("pandas.NaT", "NaT"),
+    ("numpy.datetime64('NaT')", "NaT"), ("numpy.array(['2024', 'NaT'], 'M8[Y]')", "NaT"),
+    ("pandas.to_datetime(['2024-01-02', None])", "NaT"), ("numpy.array([pandas.NaT])", "NaT"),
     ("numpy.timedelta64(1, 'ns')", "timedelta64"), ("numpy.array([1], 'm8[M]')", "a ndarray"),
     ("numpy.clongdouble(1j)", "a clongdouble"), ("numpy.array([1j], 'G')", "a clongdouble"),
     ("CIRCLE", "Circular reference"), ("'\\ud800'", "surrogates"), ("{(1, 2): 3}", "tuple"),
-    ("UUID(int=7)", "a UUID"), ("{numpy.int64(1): 1}", "keys must be"),
+    ("{UUID(int=7): 1}", "keys must be"), ("{numpy.int64(1): 1}", "keys must be"),
 ])
 def test_what_json_cannot_express_is_an_error_and_never_a_wrong_value(source, reason):
     value = value_of(source)
@@ -1315,7 +1319,8 @@ class Model(mest.GenericModel):
 model, service = Model(), mest.Mest("a")
 assert model.predict(x=1) == 2
 child = os.fork()
-print(model.predict(x=2), mest.Exchange(service, "GET", "/", "").id, flush=True)
+line = f"{model.predict(x=2)} {mest.Exchange(service, 'GET', '/', '').id}\\n"
+os.write(1, line.encode())  # at once: both write to the same pipe
 assert child == 0 or os.waitpid(child, 0)[1] == 0
 """)
     done = project.mest(command=("-W", "ignore", "forks.py"))
@@ -1373,6 +1378,16 @@ def test_asynchronous_handlers_need_no_asgiref(edge, is_checked, error, status, 
     assert answer.status == status
     assert error or answer.body == b'{"/it":3}\n'
     assert edge(mest_app, "/it", parts=[b'{"x": "a"}']).status == (422 if is_checked else status)
+
+
+@pytest.mark.parametrize("decorate", [lambda handler: handler, validate_params({})])
+def test_an_asynchronous_generator_is_refused_at_the_start(router, decorate):
+    async def handler():
+        yield b"part"
+
+    router.route("it")(decorate(handler))
+    with pytest.raises(MestError, match="async generator; write def, and yield"):
+        make().register_router("/", router)
 
 
 @pytest.mark.parametrize(
@@ -1761,33 +1776,59 @@ def test_what_stands_before_a_predict_route_in_flask_is_not_bypassed(add, status
     assert over_asgi(mest_app, headers={**JSON, "Host": "a.test"}).status == status
 
 
-READING = ["/predict", "/checked", "/it?reads=get_data"]
+def with_cors(**fields):
+    """A service whose hook sets a header, with routes that read a body in different ways."""
 
-
-def reading(**fields):
-    """A service whose routes read a body in different ways."""
     http = flask.request
     mest_app = serving(handler=lambda: getattr(http, http.args["reads"])(), **fields)
     mest_app.router.route("checked")(validate_params(X)(lambda x: {"x": x}))
+
+    @mest_app.app.after_request
+    def allow(response):
+        response.headers["Access-Control-Allow-Origin"] = "*"
+        return response
+
     return mest_app
+
+
+READING = ["/predict", "/checked", "/it?reads=get_data", "/it?reads=get_json"]
+UNREAD = "/it?reads=__repr__"
 
 
 @on_both_edges
 @pytest.mark.parametrize("url", READING)
 @pytest.mark.parametrize("is_chunked", [False, True])
 @pytest.mark.parametrize("length, status", [(100, 200), (101, 413), (70_000, 413)])
-def test_a_body_that_is_too_long_is_413(edge, url, is_chunked, length, status):
+def test_a_hook_sees_that_a_body_is_too_long(edge, url, is_chunked, length, status):
     if [edge, is_chunked, status] == [over_wsgi, True, 413] and "reads" in url:
         pytest.skip("Werkzeug cuts such a body short, and says nothing")
     how = {"Transfer-Encoding": "chunked"} if is_chunked else {"Content-Length": str(length)}
     parts = [b'{"x": ', b"3}" + b" " * (length - 8)]
-    assert edge(reading(max_body_bytes=100), url, parts=parts, headers=JSON | how).status == status
+    answer = edge(with_cors(max_body_bytes=100), url, parts=parts, headers=JSON | how)
+    assert answer.status == status
+    assert answer.headers["access-control-allow-origin"] == "*"
 
 
-@pytest.mark.parametrize("url", READING)
-def test_a_body_that_does_not_come_is_408(url):
-    answer = over_asgi(reading(request_timeout=1), url, parts=[b"{"], whole=False)
+@pytest.mark.parametrize("url", [*READING, UNREAD])
+def test_a_hook_sees_the_answer_to_a_body_that_does_not_come_if_anybody_reads_it(url):
+    answer = over_asgi(with_cors(request_timeout=1), url, parts=[b"{"], whole=False)
+    assert answer.status == (200 if url == UNREAD else 408)
+    assert answer.headers["access-control-allow-origin"] == "*"
+
+
+def test_without_hooks_a_body_that_does_not_come_is_408_too():
+    answer = over_asgi(serving(request_timeout=1), parts=[b"{"], whole=False)
     assert [answer.status, b"did not come in time" in answer.body] == [408, True]
+
+
+@pytest.mark.parametrize("url", ["/it", "/predict"])
+def test_the_prefix_that_a_proxy_has_taken_off_is_known_to_flask(router, url):
+    router.route("it")(lambda: [flask.request.root_path, flask.request.path])
+    router.add_predict_route(Ready(), X)
+    mest_app = make(threads=2)
+    mest_app.register_router("/", router)
+    answer = over_asgi(mest_app, url, root_path="/i")
+    assert json.loads(answer.body) == (["/i", "/it"] if url == "/it" else {"y": 6})
 
 
 def test_flask_gets_the_request_as_it_was_sent():
