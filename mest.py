@@ -2132,7 +2132,8 @@ def worker_for(service):
 
     class Worker(gasgi.ASGIWorker):
         def init_process(self):
-            self.connections, self.worker_connections = set(), file_limit(self.cfg)
+            self.connections, self.explained = set(), 0.0
+            self.worker_connections = file_limit(self.cfg)
             gasgi.ASGIProtocol = connection_class()
             super().init_process()
 
@@ -2143,7 +2144,15 @@ def worker_for(service):
         def run(self):
             super().init_signals()
             hear_signals_apart()
+            self.loop.set_exception_handler(self.explain)
             super().run()
+
+        def explain(self, loop, context):  # asyncio has a line for each connection it must refuse
+            if "out of system resource" not in context["message"]:
+                loop.default_exception_handler(context)
+            elif monotonic() - self.explained > 1:
+                self.explained = monotonic()
+                service.logger.error("too many files are open: connections have to wait")
 
         def notify(self):  # every second
             super().notify()
