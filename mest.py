@@ -1600,8 +1600,13 @@ class Edge:
         """Return status, headers and body of the answer to an exception."""
         exchange = EXCHANGE.get()
         problem = as_problem(error, self.service, f"{exchange.method} {exchange.path}")
-        response = problem.get_response({})
-        return response.status_code, response.get_wsgi_headers({}), response.get_data()
+        try:
+            response = problem.get_response({})
+            headers = response.get_wsgi_headers({})
+            "".join(itertools.chain(*headers)).encode("latin-1")
+        except ValueError as fault:  # a Problem with a header that HTTP cannot express
+            return self.refusal(RuntimeError(f"{problem!r} cannot be sent: {fault}"))
+        return response.status_code, headers, response.get_data()
 
     def was_swept(self, task):
         """Return whether the deadline has cancelled a task, and only that: then it may go on."""

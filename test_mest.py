@@ -1816,6 +1816,20 @@ def test_a_hook_sees_the_answer_to_a_body_that_does_not_come_if_anybody_reads_it
     assert answer.headers["access-control-allow-origin"] == "*"
 
 
+@pytest.mark.parametrize("value", ["a\nb", "\u4e2d"])
+def test_a_problem_with_a_header_that_cannot_be_sent_is_a_500_that_the_log_explains(value, capsys):
+    class Refusing(Doubler):
+        def infer(self, x):
+            raise Problem(409, "no", headers={"X-Reason": value})
+
+    mest_app = make(access_log=True)
+    mest_app.router.add_predict_route(Refusing(), X)
+    assert over_asgi(mest_app.setup()).status == 500
+    lines = log_of(capsys)
+    assert "cannot be sent" in lines[-2]["message"]
+    assert lines[-1]["status"] == 500
+
+
 def test_without_hooks_a_body_that_does_not_come_is_408_too():
     answer = over_asgi(serving(request_timeout=1), parts=[b"{"], whole=False)
     assert [answer.status, b"did not come in time" in answer.body] == [408, True]
