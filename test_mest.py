@@ -997,7 +997,7 @@ def injected(function):
     (A, "", lambda b: 1, "required argument: 'b'; match its arguments with the schema"),
     (None, "", lambda a: 1, "required argument: 'a'; is @validate_params missing below the route"),
     (A, "<n>", lambda a=0: 1, "unexpected keyword argument 'n'"),
-    (A, "", lambda: 1, "unexpected .*'a'"), (A, "", lambda a=0, /: 1, "'a'.* positional"),
+    (A, "", lambda: 1, "unexpected .*'a'"), (A, "", lambda a=0, /: 1, "positional"),
     (A, "", lambda a: 1, "'a'; .*what of that is required"),
     (EXCLUDING, "", lambda a=0, b=0: 1, ""), (AB, "", lambda a, b=0: 1, ""),
     (AB, "<n>", lambda a, n, **others: 1, ""), (AB, "", lambda a, *, b=0: 1, ""),
