@@ -158,13 +158,6 @@ def cause_of(error):
     return f"{type(error).__name__}: {error}{cure}"
 
 
-def require_instance(model, method, place):
-    """Raise a MestError unless a model is an object with a method, and not a class."""
-    if isinstance(model, type) or not callable(getattr(model, method, None)):
-        cure = f"it must be an instance of GenericModel, or another object with {method}()"
-        raise MestError(f"{place} has {model!r}; {cure}")
-
-
 # Configuration
 
 
@@ -181,6 +174,13 @@ def setting(default, allowed, meaning, repr=True):
     """Return a field of the configuration: its default, what is allowed, and what it means."""
     metadata = {"allowed": allowed, "meaning": meaning}
     return dataclasses.field(default=default, metadata=metadata, repr=repr)
+
+
+def require_instance(model, method, place):
+    """Raise a MestError unless a model is an object with a method, and not a class."""
+    if isinstance(model, type) or not callable(getattr(model, method, None)):
+        cure = f"it must be an instance of GenericModel, or another object with {method}()"
+        raise MestError(f"{place} has {model!r}; {cure}")
 
 
 @dataclasses.dataclass
@@ -1328,6 +1328,7 @@ class Router:
             method: the HTTP method; `methods=[…]` for several.
             **options: any other option of Flask's routes.
         """
+
         def decorate(handler):
             name = getattr(handler, "__name__", type(handler).__name__)
             self._add(url, Endpoint(handler), {"methods": [method], "endpoint": name, **options})
@@ -1721,7 +1722,9 @@ class Edge:
             raise asyncio.CancelledError from None  # ends the connection: the client shall know
         finally:
             if not call.is_whole:
-                self.flask.submit(Job(call.close, lambda outcome: None))
+                job = Job(call.close, lambda outcome: None)
+                job.exchange = None  # so that it is not refused where too many wait
+                self.flask.submit(job)
 
 
 async def start(send, status, headers):
