@@ -1078,15 +1078,12 @@ def test_the_id_of_a_request_is_kept_unless_it_could_do_harm(edge, known, other)
 
 
 @on_both_edges
-@pytest.mark.parametrize(
-    "sent, route, method, status",
-    [
-        ({}, "/predict", "POST", 200), ({"parts": [b"{"]}, "/predict", "POST", 400),
-        ({"url": "/it?a=1"}, "/it", "POST", 200), ({"url": "/it", **GET}, "/it", "GET", 200),
-        ({"url": "/livez", **GET}, "/livez", "GET", 200),
-        ({"url": "/hunter2"}, "other", "POST", 404), ({"method": "HUNTER2"}, "other", "other", 405),
-    ],
-)
+@pytest.mark.parametrize("sent, route, method, status", [
+    ({}, "/predict", "POST", 200), ({"parts": [b"{"]}, "/predict", "POST", 400),
+    ({"url": "/it?a=1"}, "/it", "POST", 200), ({"url": "/it", **GET}, "/it", "GET", 200),
+    ({"url": "/livez", **GET}, "/livez", "GET", 200), ({"url": "/hunter2"}, "other", "POST", 404),
+    ({"method": "HUNTER2"}, "other", "other", 405),
+])
 def test_an_answer_is_counted_under_what_clients_cannot_make_up(edge, sent, route, method, status):
     in_progress = growth("mest_requests_in_progress")
     mest_app = serving(handler=lambda: str(in_progress()))
@@ -1140,13 +1137,10 @@ def test_a_client_that_leaves_is_logged_and_counted_with_499(url, whole, route, 
 # Models
 
 
-@pytest.mark.parametrize(
-    "value, args, kwargs",
-    [
-        ({"a": 1}, (), {"a": 1}), ([1, 2], (1, 2), {}), ((1, 2), ((1, 2),), {}), ([], (), {}),
-        ("ab", ("ab",), {}), (None, (None,), {}), ({}, (), {}),
-    ],
-)
+@pytest.mark.parametrize("value, args, kwargs", [
+    ({"a": 1}, (), {"a": 1}), ([1, 2], (1, 2), {}), ((1, 2), ((1, 2),), {}), ([], (), {}),
+    ("ab", ("ab",), {}), (None, (None,), {}), ({}, (), {}),
+])
 def test_between_the_stages_a_dictionary_is_keywords_and_a_list_is_positions(value, args, kwargs):
     model = GenericModel()
     model.pre_process, model.infer = lambda x: value, lambda *args, **kwargs: (args, kwargs)
@@ -1248,13 +1242,10 @@ class Faulty(Squares):
 
 
 @of_both_sizes
-@pytest.mark.parametrize(
-    "x, kind, text, calls",
-    [
-        (13, ValueError, "unlucky", 3), (7, KeyError, "7", 0), (5, RuntimeError, "SystemExit.3", 3),
-        (99, MestError, "infer_batch returned list, not .* result for each of 1", 3),
-    ],
-)
+@pytest.mark.parametrize("x, kind, text, calls", [
+    (13, ValueError, "unlucky", 3), (7, KeyError, "7", 0), (5, RuntimeError, "SystemExit.3", 3),
+    (99, MestError, "infer_batch returned list, not .* result for each of 1", 3),
+])
 def test_who_fails_fails_alone_after_one_more_try(size, x, kind, text, calls):
     model = Faulty(max_batch_size=size)
     with pytest.raises(kind, match=text):
@@ -1390,13 +1381,10 @@ def test_an_asynchronous_generator_is_refused_at_the_start(router, decorate):
         make().register_router("/", router)
 
 
-@pytest.mark.parametrize(
-    "fault, call",
-    [
-        ("an instance of GenericModel", lambda r, _: r.add_predict_route(Doubler, X)),
-        ("two routers named 'v1'", lambda _, m: m.register_router("/", Router("v1"))),
-    ],
-)
+@pytest.mark.parametrize("fault, call", [
+    ("an instance of GenericModel", lambda r, _: r.add_predict_route(Doubler, X)),
+    ("two routers named 'v1'", lambda _, m: m.register_router("/", Router("v1"))),
+])
 def test_mistakes_about_routes_are_explained(mest_app, router, fault, call):
     mest_app.register_router("/", router)
     router.route("it", endpoint="it")(lambda: "it")
@@ -1457,16 +1445,13 @@ def locked():
 
 @on_both_edges
 @pytest.mark.parametrize("url", ["/predict", "/it"])
-@pytest.mark.parametrize(
-    "headers, status",
-    [
-        ({}, 401), ({"Authorization": "Bearer"}, 401), ({"X-API-Key": ""}, 401),
-        ({"Authorization": "Basic one"}, 401), ({"Authorization": "Bearer on"}, 401),
-        ({"X-API-Key": "one, two-three"}, 401), ({"X-API-Key": "öne"}, 401),
-        ({"Authorization": "Bearer one"}, 200), ({"X-API-Key": "one"}, 200),
-        ({"Authorization": "bearer  two-three "}, 200),
-    ],
-)
+@pytest.mark.parametrize("headers, status", [
+    ({}, 401), ({"Authorization": "Bearer"}, 401), ({"X-API-Key": ""}, 401),
+    ({"Authorization": "Basic one"}, 401), ({"Authorization": "Bearer on"}, 401),
+    ({"X-API-Key": "one, two-three"}, 401), ({"X-API-Key": "öne"}, 401),
+    ({"Authorization": "Bearer one"}, 200), ({"X-API-Key": "one"}, 200),
+    ({"Authorization": "bearer  two-three "}, 200),
+])
 def test_without_a_key_there_is_no_answer_on_either_edge(edge, url, headers, status, capsys):
     answer = edge(locked(), url, headers={**JSON, **headers})
     assert answer.status == status
@@ -1488,26 +1473,23 @@ def test_keys_that_are_all_empty_admit_nobody(keys):
 NUMBER = {"type": "number"}
 
 
-@pytest.mark.parametrize(
-    "rules, schema",
-    [
-        ({"type": "date"}, {}), ({"type": "float", "coerce": int}, {}), ({}, {}),
-        ({"type": "float", "min": 0}, {**NUMBER, "minimum": 0}),
-        ({"type": "float", "default": 1}, {"type": ["number", "null"], "default": 1}),
-        ({"type": ["string", "list"], "maxlength": 2},
-         {"type": ["string", "array"], "maxLength": 2}),
-        ({"type": "string", "allowed": ["a"], "nullable": True},
-         {"type": ["string", "null"], "enum": ["a", None]}),
-        ({"type": "string", "allowed": ["a", "b"]}, {"type": "string", "enum": ["a", "b"]}),
-        ({"type": "binary"}, {"type": "string", "format": "binary"}),
-        ({"type": "list", "schema": {"type": "float"}, "minlength": 2},
-         {"type": "array", "items": NUMBER, "minItems": 2}),
-        ({"type": "dict", "schema": {"a": {"required": True}, "b": {"readonly": True}}},
-         mest.fields_schema({"a": {"required": True}})),
-        ({"meta": {"description": "in cm"}}, {"description": "in cm"}),
-        ({"type": "float", "min": float("-inf")}, {}),
-    ],
-)
+@pytest.mark.parametrize("rules, schema", [
+    ({"type": "date"}, {}), ({"type": "float", "coerce": int}, {}), ({}, {}),
+    ({"type": "float", "min": 0}, {**NUMBER, "minimum": 0}),
+    ({"type": "float", "default": 1}, {"type": ["number", "null"], "default": 1}),
+    ({"type": ["string", "list"], "maxlength": 2},
+     {"type": ["string", "array"], "maxLength": 2}),
+    ({"type": "string", "allowed": ["a"], "nullable": True},
+     {"type": ["string", "null"], "enum": ["a", None]}),
+    ({"type": "string", "allowed": ["a", "b"]}, {"type": "string", "enum": ["a", "b"]}),
+    ({"type": "binary"}, {"type": "string", "format": "binary"}),
+    ({"type": "list", "schema": {"type": "float"}, "minlength": 2},
+     {"type": "array", "items": NUMBER, "minItems": 2}),
+    ({"type": "dict", "schema": {"a": {"required": True}, "b": {"readonly": True}}},
+     mest.fields_schema({"a": {"required": True}})),
+    ({"meta": {"description": "in cm"}}, {"description": "in cm"}),
+    ({"type": "float", "min": float("-inf")}, {}),
+])
 def test_the_rules_of_cerberus_become_json_schema(rules, schema):
     parameters = mest.Parameters({"a": rules}, None, "test")
     assert mest.fields_schema(parameters.schema)["properties"]["a"] == schema
@@ -1752,22 +1734,19 @@ def refuse(*args, **more):
     flask.abort(401)
 
 
-@pytest.mark.parametrize(
-    "add, status",
-    [
-        (lambda app: app.before_request(refuse), 401),
-        (lambda app: app.after_request(lambda response: flask.Response("no", 401)), 401),
-        (lambda app: app.teardown_request(print), 200),
-        (lambda app: app.teardown_appcontext(print), 200),
-        (lambda app: app.url_value_preprocessor(refuse), 401),
-        (lambda app: app.register_error_handler(404, refuse), 200),
-        (lambda app: app.config.update(TRUSTED_HOSTS=["elsewhere.test"]), 400),
-        (lambda app: setattr(app, "wsgi_app", flask.Response("no", 401)), 401),
-        (lambda app: flask.request_started.connect(refuse, app), 401),
-        (lambda app: flask.got_request_exception.connect(print, app), 200),
-        (lambda app: app.view_functions.update({"v1.predict": refuse}), 401),
-    ],
-)
+@pytest.mark.parametrize("add, status", [
+    (lambda app: app.before_request(refuse), 401),
+    (lambda app: app.after_request(lambda response: flask.Response("no", 401)), 401),
+    (lambda app: app.teardown_request(print), 200),
+    (lambda app: app.teardown_appcontext(print), 200),
+    (lambda app: app.url_value_preprocessor(refuse), 401),
+    (lambda app: app.register_error_handler(404, refuse), 200),
+    (lambda app: app.config.update(TRUSTED_HOSTS=["elsewhere.test"]), 400),
+    (lambda app: setattr(app, "wsgi_app", flask.Response("no", 401)), 401),
+    (lambda app: flask.request_started.connect(refuse, app), 401),
+    (lambda app: flask.got_request_exception.connect(print, app), 200),
+    (lambda app: app.view_functions.update({"v1.predict": refuse}), 401),
+])
 def test_what_stands_before_a_predict_route_in_flask_is_not_bypassed(add, status):
     mest_app = serving()
     assert ("POST", "/predict") in mest_app.direct_routes()
@@ -1977,13 +1956,10 @@ def test_the_documented_import_paths_lead_to_the_same_objects():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize(
-    "command, target, server",
-    [
-        (["mest.py"], "app.py", "gunicorn"), (["-m", "service.mest"], "service.packaged", "dev"),
-        (["-m", "service.mest"], "service.relative:mest_app", "gunicorn"),
-    ],
-)
+@pytest.mark.parametrize("command, target, server", [
+    (["mest.py"], "app.py", "gunicorn"), (["-m", "service.mest"], "service.packaged", "dev"),
+    (["-m", "service.mest"], "service.relative:mest_app", "gunicorn"),
+])
 def test_a_copy_works_in_a_project_and_in_a_package_of_it(project, command, target, server):
     (project.path / "service").mkdir()
     for folder in (project.path, project.path / "service"):
@@ -2083,14 +2059,11 @@ def command(project, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(
-    "before, after, options, message",
-    [
-        ("self.model = 2", "exit(0)", ["--workers", "2"], "could not be loaded: SystemExit"),
-        ("self.model = 2", "1 / 0", ["--preload"], "could not be loaded: ZeroDivisionError"),
-        ("return {", "x / 0; return {", [], "fails for the example of /predict: ZeroDivision"),
-    ],
-)
+@pytest.mark.parametrize("before, after, options, message", [
+    ("self.model = 2", "exit(0)", ["--workers", "2"], "could not be loaded: SystemExit"),
+    ("self.model = 2", "1 / 0", ["--preload"], "could not be loaded: ZeroDivisionError"),
+    ("return {", "x / 0; return {", [], "fails for the example of /predict: ZeroDivision"),
+])
 def test_a_model_that_fails_at_the_start_ends_gunicorn(project, before, after, options, message):
     project.write(app=APP.replace(before, after))
     done = project.mest("run", "gunicorn", "--port", "0", *options)
@@ -2329,14 +2302,11 @@ def test_connections_beyond_the_limit_of_open_files_write_no_flood_of_lines(proj
         assert len(server.lines) <= before + 5
 
 
-@pytest.mark.parametrize(
-    "request_id, url, body, length",
-    [
-        ("leaves-a-model", "/predict", b'{"x": 7, "seconds": 0.5}', None),
-        ("leaves-a-handler", "/count/1", b'{"seconds": 0.5}', None),
-        ("leaves-its-body", "/predict", b'{"x":', 50),
-    ],
-)
+@pytest.mark.parametrize("request_id, url, body, length", [
+    ("leaves-a-model", "/predict", b'{"x": 7, "seconds": 0.5}', None),
+    ("leaves-a-handler", "/count/1", b'{"seconds": 0.5}', None),
+    ("leaves-its-body", "/predict", b'{"x":', 50),
+])
 def test_a_client_that_leaves_is_logged_once_with_499(lab, request_id, url, body, length):
     sent = framed(body, f"X-Request-Id: {request_id}", url=url, length=length)
     with connected(lab, 3, sent):
@@ -2382,17 +2352,14 @@ child = Process(target=time.sleep, args=(60,))
 END = "; child.join(20); result = child.exitcode"
 
 
-@pytest.mark.parametrize(
-    "source, result",
-    [
-        (SHELL.format("exit 7"), 7), (SHELL.format("kill $$"), -15), (CHECK, 7),
-        (BEGIN + "child.start(); child.terminate()" + END, -15),
-        (BEGIN + "child.start(); time.sleep(0.1); os.kill(child.pid, signal.SIGINT)" + END, -2),
-        (BEGIN + "with Pool(2) as pool:\n pool.apply_async(time.sleep, (60,))\n"
-         " result = pool.map(abs, [-1])", [1]),
-        (BEGIN + "with ProcessPoolExecutor(2) as pool:\n result = list(pool.map(abs, [-2]))", [2]),
-    ],
-)
+@pytest.mark.parametrize("source, result", [
+    (SHELL.format("exit 7"), 7), (SHELL.format("kill $$"), -15), (CHECK, 7),
+    (BEGIN + "child.start(); child.terminate()" + END, -15),
+    (BEGIN + "child.start(); time.sleep(0.1); os.kill(child.pid, signal.SIGINT)" + END, -2),
+    (BEGIN + "with Pool(2) as pool:\n pool.apply_async(time.sleep, (60,))\n"
+     " result = pool.map(abs, [-1])", [1]),
+    (BEGIN + "with ProcessPoolExecutor(2) as pool:\n result = list(pool.map(abs, [-2]))", [2]),
+])
 def test_processes_that_a_model_starts_behave_as_in_a_script(lab, source, result):
     pid = pid_of(lab)
     status, body, _ = lab.ask("/predict", {"source": source})
@@ -2446,13 +2413,10 @@ def test_preloaded_models_are_loaded_once(project):
         assert server.output.count("model Lab loaded in") == 1
 
 
-@pytest.mark.parametrize(
-    "args, env, threads",
-    [
-        (["--workers", "1"], {}, mest.available_cpus()), (["--workers", "auto"], {}, 1),
-        ([], {"MEST_WORKERS": "99"}, 1), (["--workers", "1"], {"OMP_NUM_THREADS": "77"}, 77),
-    ],
-)
+@pytest.mark.parametrize("args, env, threads", [
+    (["--workers", "1"], {}, mest.available_cpus()), (["--workers", "auto"], {}, 1),
+    ([], {"MEST_WORKERS": "99"}, 1), (["--workers", "1"], {"OMP_NUM_THREADS": "77"}, 77),
+])
 def test_linear_algebra_gets_the_cpus_of_its_worker(project, command, args, env, threads):
     project.write(app="import os\nprint('has', os.environ['OMP_NUM_THREADS'], '.')\n" + APP)
     done = command("run", "gunicorn", *args, "--", "--check-config", **env)
@@ -2462,17 +2426,14 @@ def test_linear_algebra_gets_the_cpus_of_its_worker(project, command, args, env,
 # Command line
 
 
-@pytest.mark.parametrize(
-    "before, after, message",
-    [
-        ("self.model = 2", "open(directory_path + '/w')", "No such file or directory: '_models/w'"),
-        ("self.model = 2", "import nosuch", "Doubler could not be loaded: .*; install it for /"),
-        ("from mest", "import nosuch\nfrom mest", "app.py cannot be imported: Module.*; install"),
-        ("from mest", "exit(0)\nfrom mest", "app.py cannot be imported: SystemExit: 0"),
-        ("8000", "70000", "listen_port is 70000; it must be an integer from 0"),
-        (APP, "x = 1", "app.py has no Mest named mest_app"),
-    ],
-)
+@pytest.mark.parametrize("before, after, message", [
+    ("self.model = 2", "open(directory_path + '/w')", "No such file or directory: '_models/w'"),
+    ("self.model = 2", "import nosuch", "Doubler could not be loaded: .*; install it for /"),
+    ("from mest", "import nosuch\nfrom mest", "app.py cannot be imported: Module.*; install"),
+    ("from mest", "exit(0)\nfrom mest", "app.py cannot be imported: SystemExit: 0"),
+    ("8000", "70000", "listen_port is 70000; it must be an integer from 0"),
+    (APP, "x = 1", "app.py has no Mest named mest_app"),
+])
 def test_a_mistake_is_one_message_that_names_the_cure(project, command, before, after, message):
     assert before in APP
     project.write(app=APP.replace(before, after, 1))
@@ -2483,19 +2444,16 @@ def test_a_mistake_is_one_message_that_names_the_cure(project, command, before, 
     assert "mest.py" not in "".join(above)
 
 
-@pytest.mark.parametrize(
-    "args, env, code, message",
-    [
-        (["--version"], {}, 0, f"mest {mest.__version__}"), ([], {}, 2, "are required: COMMAND"),
-        (["fly"], {}, 2, "invalid choice: 'fly'"), (["run"], {}, 2, "required: SERVER"),
-        (["run", "gunicorn", "--bind", "a"], {}, 2, "unrecognized arguments: --bind"),
-        (["run", "gunicorn", "--", "app:app"], {}, 2, "app:app is no option; mest --app names"),
-        (["run", "dev", "--port", "x"], {}, 1, "MEST_LISTEN_PORT is 'x'; it must be an integer"),
-        (["run", "gunicorn"], {"MEST_WORKERS": "x"}, 1, "mest: MEST_WORKERS is 'x'; it must be an"),
-        (["--app", "app.py:other", "shell"], {}, 1, "has no Mest named other, but ['mest_app']"),
-        (["--app", "other.py", "shell"], {}, 1, "mest: there is no application other.py in /"),
-    ],
-)
+@pytest.mark.parametrize("args, env, code, message", [
+    (["--version"], {}, 0, f"mest {mest.__version__}"), ([], {}, 2, "are required: COMMAND"),
+    (["fly"], {}, 2, "invalid choice: 'fly'"), (["run"], {}, 2, "required: SERVER"),
+    (["run", "gunicorn", "--bind", "a"], {}, 2, "unrecognized arguments: --bind"),
+    (["run", "gunicorn", "--", "app:app"], {}, 2, "app:app is no option; mest --app names"),
+    (["run", "dev", "--port", "x"], {}, 1, "MEST_LISTEN_PORT is 'x'; it must be an integer"),
+    (["run", "gunicorn"], {"MEST_WORKERS": "x"}, 1, "mest: MEST_WORKERS is 'x'; it must be an"),
+    (["--app", "app.py:other", "shell"], {}, 1, "has no Mest named other, but ['mest_app']"),
+    (["--app", "other.py", "shell"], {}, 1, "mest: there is no application other.py in /"),
+])
 def test_a_wrong_command_line_is_refused(project, command, args, env, code, message):
     project.write(app=APP)
     done = command(*args, **env)
@@ -2552,14 +2510,11 @@ def length(image=b"", n=()):
 """
 
 
-@pytest.mark.parametrize(
-    "app, code, said",
-    [
-        (EXAMPLES, 0, ["GET /half: 200", "POST /length: 201", "POST /predict: 200"]),
-        (EXAMPLES.replace("+ len", "* 3 + len"), 1, ["POST /length: 601", "GET /half: 200"]),
-        ("import nosuch", 1, []),
-    ],
-)
+@pytest.mark.parametrize("app, code, said", [
+    (EXAMPLES, 0, ["GET /half: 200", "POST /length: 201", "POST /predict: 200"]),
+    (EXAMPLES.replace("+ len", "* 3 + len"), 1, ["POST /length: 601", "GET /half: 200"]),
+    ("import nosuch", 1, []),
+])
 def test_mest_test_first_sends_each_example(project, app, code, said):
     project.write(app=app)
     done = project.mest("test", MEST_API_KEY="a,b")
@@ -2618,14 +2573,11 @@ def readme(tmp_path_factory):
     return {**names, "services": services}
 
 
-@pytest.mark.parametrize(
-    "url, sent, answer",
-    [
-        ("/sentiment", {"text": "Good bad"}, {"sentiment": "good", "score": 1}),
-        ("/words/bad?default=3", None, {"score": -1}), ("/double", {"x": 2}, {"y": 4}),
-        ("/orders", {"count": 2}, {"ordered": 2}), ("/readyz", None, {"status": "ready"}),
-    ],
-)
+@pytest.mark.parametrize("url, sent, answer", [
+    ("/sentiment", {"text": "Good bad"}, {"sentiment": "good", "score": 1}),
+    ("/words/bad?default=3", None, {"score": -1}), ("/double", {"x": 2}, {"y": 4}),
+    ("/orders", {"count": 2}, {"ordered": 2}), ("/readyz", None, {"status": "ready"}),
+])
 def test_the_services_of_the_readme_answer(readme, url, sent, answer):
     method, clients = "POST" if sent else "GET", [s.app.test_client() for s in readme["services"]]
     answers = (client.open(url, json=sent, method=method) for client in clients)
