@@ -882,9 +882,9 @@ class Wild:
         return {field: self.value(schema[field], wildness) for field in fields} | unknown
 
 
-def compare(parameters, schema, document):
+def compare(parameters, validator, document):
     """Check a document as Mest and as Cerberus do, and return whether that accepts it."""
-    validator, given = cerberus.Validator(copy.deepcopy(schema)), copy.deepcopy(document)
+    given = copy.deepcopy(document)
     try:
         is_valid = validator.validate(copy.deepcopy(document))
         is_valid = is_valid and not mest.fault_of([document, validator.document])
@@ -893,17 +893,17 @@ def compare(parameters, schema, document):
     try:
         checked = parameters.check(given)
     except Problem:
-        assert not is_valid, (schema, document)
+        assert not is_valid, (validator.schema, document)
     else:
-        assert is_valid, (schema, document)
-        assert typed(checked) == typed(validator.document), (schema, document)
+        assert is_valid, (validator.schema, document)
+        assert typed(checked) == typed(validator.document), (validator.schema, document)
     return is_valid
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_compiled_check_accepts_what_cerberus_accepts_and_makes_the_same_of_it(seed):
     wild, compiled, accepted, sure = Wild(seed), 0, 0, 0
-    for _ in range(320):
+    for _ in range(240):
         schema = wild.schema()
         if is_coerced := wild.perhaps(0.3):  # which only Cerberus can do
             schema["n"] = {"coerce": int}
@@ -914,13 +914,14 @@ def test_a_compiled_check_accepts_what_cerberus_accepts_and_makes_the_same_of_it
         if mest.fault_of(schema):
             continue  # one that is not finite
         compiled += parameters.check_quickly is not None
+        validator = cerberus.Validator(copy.deepcopy(schema))
         for _ in range(6):
             document = wild.document(schema, wild.random.choice([0, 0, 0.1, 0.5]))
             document |= {"n": "1"} if is_coerced else {}
             sure += parameters.quick(copy.deepcopy(document)) is not None
-            accepted += compare(parameters, schema, document)
-    assert compiled > 40
-    assert accepted > 500
+            accepted += compare(parameters, validator, document)
+    assert compiled > 30
+    assert accepted > 375
     assert sure > 0.2 * accepted
 
 
@@ -949,7 +950,7 @@ HUGE = 10**400
     ({"x": {**ROW, "minlength": 1}}, {"x": {}}), ({"x": {**ROW, "maxlength": 0}}, {"x": {}}),
 ])
 def test_rules_next_to_each_other_mean_what_they_mean_to_cerberus(schema, document):
-    compare(mest.Parameters(schema, None, "it"), schema, document)
+    compare(mest.Parameters(schema, None, "it"), cerberus.Validator(schema), document)
 
 
 # Annotations and arguments
@@ -1218,15 +1219,15 @@ def test_concurrent_calls_are_answered_in_batches_of_a_size_at_most(size, sizes)
 
 
 def test_a_lone_request_never_waits_for_others_and_one_at_most_for_a_crowd_that_has_gone():
-    model = Squares(batch_timeout=1)
+    model = Squares(batch_timeout=0.5)
     began = time.monotonic()
     assert [model.predict(x=x) for x in range(1, 20)] == [x**2 for x in range(1, 20)]
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 0.5
     assert together(model, [1, 2, 3]) == [1, 4, 9]
     model.predict(x=1)
     began = time.monotonic()
     assert [model.predict(x=x) for x in (2, 3, 4)] == [4, 9, 16]
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 0.5
 
 
 class Faulty(Squares):
@@ -1788,11 +1789,16 @@ def test_a_hook_sees_that_a_body_is_too_long(edge, url, is_chunked, length, stat
     assert answer.headers["access-control-allow-origin"] == "*"
 
 
-@pytest.mark.parametrize("url", [*READING, UNREAD])
-def test_a_hook_sees_the_answer_to_a_body_that_does_not_come_if_anybody_reads_it(url):
-    answer = over_asgi(with_cors(request_timeout=1), url, parts=[b"{"], whole=False)
-    assert answer.status == (200 if url == UNREAD else 408)
-    assert answer.headers["access-control-allow-origin"] == "*"
+def test_a_body_that_does_not_come_is_408_if_anybody_reads_it_and_a_hook_sees_that():
+    def ask(url, make=with_cors):
+        return over_asgi(make(request_timeout=1), url, parts=[b"{"], whole=False)
+
+    calls = [functools.partial(ask, url) for url in [*READING, UNREAD]]
+    *answers, unhooked = at_once([*calls, lambda: ask("/predict", serving)])
+    assert [answer.status for answer in answers] == [408, 408, 408, 408, 200]
+    assert [answer.headers["access-control-allow-origin"] for answer in answers] == ["*"] * 5
+    assert unhooked.status == 408
+    assert b"did not come in time" in unhooked.body
 
 
 @pytest.mark.parametrize("value", ["a\nb", "\u4e2d"])
@@ -1807,11 +1813,6 @@ def test_a_problem_with_a_header_that_cannot_be_sent_is_a_500_that_the_log_expla
     lines = log_of(capsys)
     assert "cannot be sent" in lines[-2]["message"]
     assert lines[-1]["status"] == 500
-
-
-def test_without_hooks_a_body_that_does_not_come_is_408_too():
-    answer = over_asgi(serving(request_timeout=1), parts=[b"{"], whole=False)
-    assert [answer.status, b"did not come in time" in answer.body] == [408, True]
 
 
 @pytest.mark.parametrize("url", ["/it", "/predict"])
@@ -1863,19 +1864,25 @@ def test_a_stream_is_sent_as_it_is_produced_and_cut_short_by_a_failure(failure, 
     assert [line["level"] for line in log_of(capsys)] == ["ERROR"] * bool(failure)
 
 
-@on_both_edges
-@of_both_sizes
-@pytest.mark.parametrize("limit, status, word", [(2, 504, b"in time"), (1, 503, b"Too many")])
-def test_too_late_is_504_and_too_many_is_503(edge, size, limit, status, word):
+def refusal(edge, size, limit):
+    """How a request is refused while a model is busy that may have so many."""
     model = Squares(max_batch_size=size)
     mest_app = serving(model, request_timeout=1, max_queued_requests=limit)
     with model.busy():
         refused = edge(mest_app)
         assert model._batcher.waiting == 1  # the one that runs keeps its place
-    assert [refused.status, refused.headers.get("retry-after")] == [status, {503: "1"}.get(status)]
-    assert word in refused.body
     assert edge(mest_app).body == b"9\n"
     assert model.batches == [[0], [3]]
+    return refused.status, refused.headers.get("retry-after"), json.loads(refused.body)["detail"]
+
+
+@pytest.mark.parametrize("limit, refused", [
+    (2, (504, None, "The model did not answer in time.")),
+    (1, (503, "1", "Too many requests wait.")),
+])
+def test_too_late_is_504_and_too_many_is_503(limit, refused):
+    ways = itertools.product([over_asgi, over_wsgi], [1, 32], [limit])
+    assert at_once([functools.partial(refusal, *way) for way in ways]) == [refused] * 4
 
 
 # Application
@@ -2188,13 +2195,6 @@ def test_each_worker_runs_the_example_once_and_says_in_one_line_what_it_serves(p
     assert pair.output.count("infers -1") == 2
 
 
-def test_metrics_are_those_of_all_workers(pair):
-    before = metric(pair, ANSWERED)
-    with load(lambda: pair) as (answers, _):
-        wait_until(lambda: len({*answers}) == 2)
-    assert metric(pair, ANSWERED) == before + len(answers)
-
-
 def test_a_killed_worker_is_replaced_and_the_metrics_lose_no_count(pair):
     before = metric(pair, ANSWERED)
     with load(lambda: pair) as (answers, failures):
@@ -2206,10 +2206,10 @@ def test_a_killed_worker_is_replaced_and_the_metrics_lose_no_count(pair):
     assert metric(pair, "mest_requests_in_progress") == 1
 
 
-def test_a_reload_loses_no_request_and_no_count(pair):
+def test_a_reload_loses_no_request_and_no_count_of_any_worker(pair):
     counted = metric(pair, ANSWERED)
     with load(lambda: pair) as (answers, failures):
-        before = {*answers}
+        before = wait_until(lambda: len({*answers}) == 2 and {*answers})
         pair.process.send_signal(signal.SIGHUP)
         wait_until(lambda: before.isdisjoint(answers[-20:]))
     assert failures == []
@@ -2219,7 +2219,7 @@ def test_a_reload_loses_no_request_and_no_count(pair):
 def test_sigterm_makes_it_unready_and_the_end_comes_after_the_drain(slow):
     idle = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
     with slow(drain="1") as server, connected(server, 50, idle):
-        answer = POOL.submit(server.ask, "/predict", {"x": 5, "seconds": 2})
+        answer = POOL.submit(server.ask, "/predict", {"x": 5, "seconds": 1.5})
         server.wait_for("infers 5")
         began = time.monotonic()
         os.killpg(server.process.pid, signal.SIGTERM)  # so the worker has it twice
@@ -2228,7 +2228,7 @@ def test_sigterm_makes_it_unready_and_the_end_comes_after_the_drain(slow):
         assert (status, json.loads(body)["detail"]) == (503, "lab is shutting down.")
         assert answer.result(PATIENCE)[0] == 200
         assert server.process.wait(PATIENCE) == 0
-        assert 2 <= time.monotonic() - began < 1 + 2 + 3
+        assert 1.5 <= time.monotonic() - began < 1 + 2 + 3
         assert server.output.count("stops in") == 1
         assert "ERROR" not in server.output
 
@@ -2239,16 +2239,16 @@ def test_a_second_sigterm_does_not_skip_the_drain_and_sigint_does(slow):
             assert server.ask("/predict", {"x": 1})[0] == 200
             os.killpg(server.process.pid, signal.SIGTERM)
             server.wait_for("stops in 600 s")
-        for _ in range(3):  # as gunicorn forgets what comes at once with a SIGTERM
+        for _ in range(10):  # as gunicorn forgets what comes at once with a SIGTERM
             server.process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                server.process.wait(4)
+                server.process.wait(1.5)
         assert server.process.returncode == 0
 
 
-def test_a_rolling_restart_of_two_instances_loses_no_request(slow):
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(slow(drain="1")) for _ in range(2)]
+def test_the_restart_of_one_of_two_instances_loses_no_request(slow):
+    with slow(drain="1") as old, slow() as other, contextlib.ExitStack() as stack:
+        servers = [old, other]
 
         def choose():
             for server in random.sample(servers, len(servers)):
@@ -2258,12 +2258,11 @@ def test_a_rolling_restart_of_two_instances_loses_no_request(slow):
             raise OSError("nobody is ready")
 
         with load(choose) as (answers, failures):
-            for old in [*servers]:
-                old.process.send_signal(signal.SIGTERM)
-                servers.append(stack.enter_context(slow(drain="1")))
-                assert old.process.wait(PATIENCE) == 0
+            old.process.send_signal(signal.SIGTERM)
+            servers.append(stack.enter_context(slow()))
+            assert old.process.wait(PATIENCE) == 0
         assert failures == []
-        assert len({*answers}) == 4
+        assert len({*answers}) == 3
 
 
 def test_stalled_clients_delay_nobody_and_are_closed(slow):
@@ -2286,14 +2285,17 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (256, {}))
 os.execv(sys.executable, [sys.executable, "-m", "mest", *sys.argv[1:]])"""
 
 
-@pytest.mark.parametrize("hard, count", [(4096, 400), (256, 400), (256, 40)])
-def test_connections_beyond_the_limit_of_open_files_write_no_flood_of_lines(project, hard, count):
+@pytest.mark.parametrize("hard, least", [(4096, 8), (256, 1)])
+def test_connections_beyond_the_limit_of_open_files_write_no_flood_of_lines(project, hard, least):
     project.write(app=LAB)
     with project.serve("run", "gunicorn", command=("-c", LIMITED.format(hard))) as server:
-        before = len(server.lines)
-        with connected(server, count) as clients:
-            if hard > count:
-                assert server.ask("/livez")[0] == 200
+        before, clients, answers = len(server.lines), [], []
+        with contextlib.ExitStack() as stack:
+            for _ in range(8):
+                clients += stack.enter_context(connected(server, 40))
+                with contextlib.suppress(OSError):
+                    answers += [server.ask("/livez")[0]]
+            assert answers.count(200) >= least
             clients[0].settimeout(0.5)
             with pytest.raises(TimeoutError):  # there is time for lines to come
                 clients[0].recv(1)
@@ -2302,18 +2304,18 @@ def test_connections_beyond_the_limit_of_open_files_write_no_flood_of_lines(proj
         assert len(server.lines) <= before + 5
 
 
-@pytest.mark.parametrize("request_id, url, body, length", [
-    ("leaves-a-model", "/predict", b'{"x": 7, "seconds": 0.5}', None),
-    ("leaves-a-handler", "/count/1", b'{"seconds": 0.5}', None),
-    ("leaves-its-body", "/predict", b'{"x":', 50),
-])
-def test_a_client_that_leaves_is_logged_once_with_499(lab, request_id, url, body, length):
-    sent = framed(body, f"X-Request-Id: {request_id}", url=url, length=length)
-    with connected(lab, 3, sent):
+def test_a_client_that_leaves_is_logged_once_with_499(lab):
+    model, handler, body = (f"X-Request-Id: leaves-{what}" for what in ("model", "handler", "body"))
+    with (
+        connected(lab, 3, framed(b'{"x": 7, "seconds": 0.5}', model, url="/predict")),
+        connected(lab, 3, framed(b'{"seconds": 0.5}', handler, url="/count/1")),
+        connected(lab, 3, framed(b'{"x":', body, url="/predict", length=50)),
+    ):
         assert lab.ask("/count/1?seconds=0.3")[0] == 200
-    wait_until(lambda: len(lines_of(lab, request_id)) >= 3)
-    assert lab.ask("/predict", {"seconds": 0.5})[0] == 200  # by now all have ended
-    assert [line["status"] for line in lines_of(lab, request_id)] == [499] * 3
+    wait_until(lambda: len(lines_of(lab, "leaves-")) >= 9)
+    assert lab.ask("/predict", {"seconds": 0.3})[0] == 200  # by now all have ended
+    left = sorted((line["request_id"], line["status"]) for line in lines_of(lab, "leaves-"))
+    assert left == [(f"leaves-{what}", 499) for what in ("body", "handler", "model") for _ in "123"]
 
 
 def test_a_stream_is_sent_as_it_is_produced_and_closed_when_its_client_leaves(lab):
@@ -2369,31 +2371,24 @@ def test_processes_that_a_model_starts_behave_as_in_a_script(lab, source, result
 
 
 FIT = """from sklearn.cluster import KMeans
-data, kmeans = [[float(i)] for i in range(5000)], KMeans(2, n_init=1)
+data, kmeans = [[float(i)] for i in range(1000)], KMeans(2, n_init=1)
 kmeans.fit(data)
 """
-MULTIPLY = "import numpy\nones = numpy.ones((700, 700))\nones @ ones\n"
+MULTIPLY = "import numpy\nones = numpy.ones((400, 400))\nones @ ones\n"
 
 
-@pytest.mark.parametrize(
-    "source, init",
-    [(FIT, "kmeans.predict(data)"), (FIT, "kmeans.fit(data)"), (MULTIPLY, "ones @ ones")],
-)
-def test_what_has_run_with_openmp_before_the_fork_can_be_used_in_init(project, source, init):
-    pytest.importorskip(re.search("sklearn|numpy", source).group())
-    project.write(app=source + APP.replace("self.model = 2", f"self.model = 2; {init}"))
+def test_what_has_run_with_openmp_before_the_fork_can_be_used_in_init(project):
+    pytest.importorskip("sklearn")
+    init = "kmeans.predict(data); kmeans.fit(data); ones @ ones; self.model = 2"
+    project.write(app=FIT + MULTIPLY + APP.replace("self.model = 2", init))
     with project.serve("run", "gunicorn", OMP_NUM_THREADS="2") as server:
         assert server.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
 
 
-HOLD = "import ctypes\nfor _ in range({}): result = ctypes.PyDLL(None).usleep({}_000)"
-BACKTRACK = "import re; result = re.match('(a|a)*b', 'a' * 23)"
-
-
-@pytest.mark.parametrize("source", [HOLD.format(1, 3000), HOLD.format(5, 200), BACKTRACK])
-def test_what_holds_the_interpreter_for_less_than_liveness_timeout_is_let_be(lab, source):
+def test_what_holds_the_interpreter_for_less_than_liveness_timeout_is_let_be(lab):
     pid = pid_of(lab)
-    assert lab.ask("/predict", {"source": source})[0] == 200
+    hold = "import ctypes; result = ctypes.PyDLL(None).usleep(2_000_000)"
+    assert lab.ask("/predict", {"source": hold})[0] == 200
     assert pid_of(lab) == pid
 
 
@@ -2442,6 +2437,7 @@ def test_a_mistake_is_one_message_that_names_the_cure(project, command, before, 
     *above, last = done.stderr.splitlines()
     assert re.match(f"mest: .*{message}", last)
     assert "mest.py" not in "".join(above)
+    assert command("test").returncode == 1
 
 
 @pytest.mark.parametrize("args, env, code, message", [
@@ -2491,9 +2487,7 @@ def test_the_shell_has_the_service_at_hand(project, command):
     assert done.stderr.startswith("There are mest_app, app, client.\n")
 
 
-@pytest.mark.parametrize(
-    "options, code", [("", 1), ("-- -k one -v", 0), ("-- -k nothing", 5), ("-- --nosuch", 4)]
-)
+@pytest.mark.parametrize("options, code", [("", 1), ("-- -k one -v", 0), ("-- -k nothing", 5)])
 def test_mest_test_runs_pytest_with_its_arguments_and_exit_code(project, options, code):
     project.write(test_a="def test_one(): pass\ndef test_two(): assert 0\n")
     assert project.mest("test", *options.split()).returncode == code
@@ -2513,7 +2507,6 @@ def length(image=b"", n=()):
 @pytest.mark.parametrize("app, code, said", [
     (EXAMPLES, 0, ["GET /half: 200", "POST /length: 201", "POST /predict: 200"]),
     (EXAMPLES.replace("+ len", "* 3 + len"), 1, ["POST /length: 601", "GET /half: 200"]),
-    ("import nosuch", 1, []),
 ])
 def test_mest_test_first_sends_each_example(project, app, code, said):
     project.write(app=app)
