@@ -812,7 +812,7 @@ def compare(parameters, validator, document):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_compiled_check_accepts_what_cerberus_accepts_and_makes_the_same_of_it(seed):
     wild, compiled, accepted, sure = Wild(seed), 0, 0, 0
-    for _ in range(240):
+    for _ in range(200):
         schema = wild.schema()
         if is_coerced := wild.perhaps(0.3):  # which only Cerberus can do
             schema["n"] = {"coerce": int}
@@ -824,13 +824,13 @@ def test_a_compiled_check_accepts_what_cerberus_accepts_and_makes_the_same_of_it
             continue  # one that is not finite
         compiled += parameters.check_quickly is not None
         validator = cerberus.Validator(copy.deepcopy(schema))
-        for _ in range(6):
+        for _ in range(5):
             document = wild.document(schema, wild.random.choice([0, 0, 0.1, 0.5]))
             document |= {"n": "1"} if is_coerced else {}
             sure += parameters.quick(copy.deepcopy(document)) is not None
             accepted += compare(parameters, validator, document)
-    assert compiled > 30
-    assert accepted > 375
+    assert compiled > 25
+    assert accepted > 260
     assert sure > 0.2 * accepted
 
 
