@@ -73,6 +73,7 @@ from types import SimpleNamespace, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from urllib.parse import parse_qs, unquote_to_bytes
 from uuid import UUID
+from weakref import WeakSet
 
 import cerberus
 import flask
@@ -129,15 +130,17 @@ class Problem(HTTPException):
         return [("Content-Type", "application/problem+json"), *self.headers.items()]
 
 
-def as_problem(error, service, asked):
+def as_problem(error):
     """Return the answer to any exception: the one place where errors become answers.
 
     What Werkzeug and `flask.abort` raise keeps its status and headers. All else is a defect of the
     service: it is logged, and the client is told nothing but the request's id.
     """
     if not isinstance(error, HTTPException):
-        service.logger.error("%s failed: %r", asked, error, exc_info=error)
-        flask.got_request_exception.send(service.app, exception=error)
+        exchange = EXCHANGE.get()
+        asked = f"{exchange.method} {exchange.path}"
+        exchange.service.logger.error("%s failed: %r", asked, error, exc_info=error)
+        flask.got_request_exception.send(exchange.service.app, exception=error)
         return Problem(500, "The service failed. Its log says why, under this request_id.")
     if isinstance(error, Problem) or error.response or (error.code or 0) < 400:
         return error
@@ -191,7 +194,6 @@ class MestConfig:
         service_name: names the logger, the documentation and the answers to pings.
         models_instances: models to load, GenericModels or others with `init(directory_path)`, in
             addition to those of predict routes.
-        environ: where MEST_ variables are looked up; os.environ by default.
 
     The other fields are described where they are declared.
 
@@ -231,7 +233,6 @@ class MestConfig:
     access_log: bool = setting(False, bool, "whether each request is logged")
     log_level: str = setting("INFO", ("DEBUG", "INFO", "WARNING", "ERROR"), "least level logged")
     log_format: str = setting("auto", ("auto", "json", "text"), "auto: text on a terminal")
-    environ: dataclasses.InitVar[Mapping[str, str] | None] = None
 
     def __new__(cls, *args, **fields):
         for name in fields.keys() - cls.__dataclass_fields__.keys():
@@ -239,8 +240,7 @@ class MestConfig:
             raise MestError(f"MestConfig has no {name!r}; it has {known}")
         return super().__new__(cls)
 
-    def __post_init__(self, environ):
-        environ = os.environ if environ is None else environ
+    def __post_init__(self):
         if not isinstance(self.service_name, str) or not self.service_name.strip():
             raise MestError(f"service_name is {self.service_name!r}; it must be text")
         for model in self.models_instances:
@@ -248,8 +248,8 @@ class MestConfig:
         for field in self.settings():
             source, value = field.name, getattr(self, field.name)
             variable = f"MEST_{source.upper()}"
-            if environ.get(variable):
-                source, value = variable, environ[variable]
+            if os.environ.get(variable):
+                source, value = variable, os.environ[variable]
             setattr(self, field.name, self.convert(field, value, source))
 
     @classmethod
@@ -314,7 +314,10 @@ class LogFormatter(logging.Formatter):
             return "\n    ".join(map(visible, lines))
         if trace:
             line["traceback"] = trace
-        return json.dumps(line, default=str, skipkeys=True)
+        try:
+            return json.dumps(line, default=str, skipkeys=True, allow_nan=False)
+        except (ValueError, RecursionError):  # what `extra` brought has no form in JSON
+            return json.dumps({name: str(value) for name, value in line.items()})
 
 
 def set_up_logging(config):
@@ -531,19 +534,14 @@ class Validator(cerberus.Validator):
         mapping[field] = copy.deepcopy(schema[field]["default"])  # a handler may change it
 
 
-class UncheckableError(Exception):
-    """A schema is left to Cerberus."""
-
-
 def value_check(rules):
-    """Return a function that tells whether Cerberus surely accepts a value, by these rules."""
-    name, *others = types_of(rules) or [None]
-    if others or name not in CHECKED:
-        raise UncheckableError
+    """Return a function that tells whether Cerberus surely accepts a value, by these rules.
+
+    It raises a LookupError, TypeError or ValueError at rules that are left to Cerberus.
+    """
+    [name] = types_of(rules)
     types, makers, _ = CHECKED[name]
     used = rules.keys() - {"type", "required", "nullable", "meta"}
-    if not used <= makers.keys():
-        raise UncheckableError
     tests = [makers[rule](rules[rule]) for rule in used]
     if types <= NUMBERS:
         tests.append(math.isfinite)
@@ -561,11 +559,10 @@ def value_check(rules):
 
 def dict_check(schema):
     """Return the same for a dictionary with these fields."""
-    if not isinstance(schema, Mapping):
-        raise UncheckableError
-    known = frozenset(schema)
-    checks = [(field, value_check(rules)) for field, rules in schema.items()]
-    required = {field for field, rules in schema.items() if rules.get("required")}
+    fields = dict(schema)
+    known = frozenset(fields)
+    checks = [(field, value_check(rules)) for field, rules in fields.items()]
+    required = {field for field, rules in fields.items() if rules.get("required")}
 
     def check(document):
         if not known.issuperset(document) or not required.issubset(document):
@@ -637,7 +634,7 @@ class Parameters:
             validator = Validator(self.schema)
             if not validator.validate({}, update=True):
                 raise ValueError(f"it refuses its own default: {validator.errors}")
-            with suppress(UncheckableError):
+            with suppress(LookupError, TypeError, ValueError):  # Cerberus alone knows
                 fields = {field: dict(resolved(own)) for field, own in self.schema.items()}
                 for field, rules in fields.items():
                     if "default" in rules:
@@ -664,8 +661,6 @@ class Parameters:
         """
         fields, values = decode(received)
         variables = received.variables
-        if not fields and not variables:
-            return values
         known = {name: [variables.pop(name)] for name in variables.keys() & self.schema.keys()}
         return self.from_text(fields) | values | self.from_text(known)
 
@@ -721,7 +716,6 @@ PYTHON_TYPES = {
     bool: "boolean", bytes: "binary", dict: "dict", float: "number", int: "integer", list: "list",
     str: "string",
 }
-ANNOTATIONS = "bool, int, float, str, bytes, dict, list[…], Literal[…] or … | None"
 
 
 def rules_of(annotation):
@@ -747,7 +741,7 @@ def schema_of(function):
     """Return the schema that a function's arguments and their annotations stand for.
 
     Raises:
-        MestError: an argument has no annotation, or none of ANNOTATIONS.
+        MestError: an argument has no annotation, or one that stands for no rules.
     """
     schema = {}
     try:
@@ -760,8 +754,9 @@ def schema_of(function):
         try:
             rules = rules_of(argument.annotation)
         except Exception:
-            cure = f"annotate it with {ANNOTATIONS}, or give a schema"
-            raise MestError(f"{name_of(function)} has the argument {argument}; {cure}") from None
+            fault = f"{name_of(function)} has the argument {argument}; annotate it with bool, int,"
+            cure = "float, str, bytes, dict, list[…], Literal[…] or … | None, or give a schema"
+            raise MestError(f"{fault} {cure}") from None
         if argument.default is argument.empty:
             rules["required"] = True
         else:
@@ -967,32 +962,37 @@ def outcome_of(function, *args):
     """Return the result of a function, or the exception that it raised."""
     try:
         return function(*args)
-    except BaseException as error:  # sys.exit is no reason to end anything but the request
+    except Exception as error:
         return error
+    except BaseException as error:  # sys.exit is no reason to end anything but the request
+        return RuntimeError(repr(error))
 
 
 def raised(outcome):
     """Return an outcome if it is a result, and raise it if it is an exception."""
     if isinstance(outcome, Exception):
         raise outcome
-    if isinstance(outcome, BaseException):  # it would end more than the request
-        raise RuntimeError(repr(outcome)) from outcome
     return outcome
 
 
-def batch_outcomes(run, payloads):
+def batch_results(infer_batch, payloads):
+    """Return the results of a batch as a list, one for each payload."""
+    results = infer_batch([*payloads])
+    results = getattr(results, "to_numpy", lambda: results)()  # of pandas
+    if isinstance(results, (Mapping, str, bytes)) or len(results) != len(payloads):
+        returned = f"infer_batch returned {type(results).__name__}"
+        raise MestError(f"{returned}, not a list with a result for each of {len(payloads)}")
+    return list(results)
+
+
+def batch_outcomes(infer_batch, payloads):
     """Return the result or the exception of each payload, none of which fails for another."""
-    try:
-        results = run([*payloads])
-        results = getattr(results, "to_numpy", lambda: results)()  # of pandas
-        if isinstance(results, (Mapping, str, bytes)) or len(results) != len(payloads):
-            returned = f"infer_batch returned {type(results).__name__}"
-            raise MestError(f"{returned}, not a list with a result for each of {len(payloads)}")
-        return list(results)
-    except BaseException as error:
-        if len(payloads) == 1:
-            return [error]
-    return [batch_outcomes(run, [payload])[0] for payload in payloads]
+    outcomes = outcome_of(batch_results, infer_batch, payloads)
+    if isinstance(outcomes, list):
+        return outcomes
+    if len(payloads) == 1:
+        return [outcomes]
+    return [batch_outcomes(infer_batch, [payload])[0] for payload in payloads]
 
 
 class Job:
@@ -1154,15 +1154,10 @@ def settled(result):
     return asyncio.run(result) if inspect.iscoroutine(result) else result
 
 
-def itself(proxy):
-    """Return what a proxy of Flask's stands for: each use of a proxy costs a look-up."""
-    return proxy._get_current_object()
-
-
 def received_by_flask(variables):
     """Return the Flask request as what parameters are read from, or raise a Problem: 400, 413."""
-    http, form = itself(request), None
-    body = read_body(http)
+    http = request._get_current_object()  # type: ignore # each use of a proxy costs a look-up
+    body, form = read_body(http), None
     content_type = http.content_type or ""
     media_type = media_type_of(content_type)
     if media_type in FORM_TYPES:
@@ -1191,7 +1186,7 @@ def body_limit(app):
 
 def read_body(http):
     """Return the body of a Flask request, or raise a Problem: 413 if it is too long, 400."""
-    limit, length = body_limit(itself(current_app)), http.content_length or 0
+    limit, length = body_limit(current_app), http.content_length or 0
     if length <= limit:
         http.max_content_length = limit + 1  # Werkzeug stops reading there, and says nothing
         try:
@@ -1256,10 +1251,10 @@ class Endpoint:
 
     def __call__(self, **variables):
         """Answer the Flask request."""
-        service, http = current_app.extensions["mest"], itself(request)
+        service, environ = current_app.extensions["mest"], request.environ
         try:
             if self.needs_key:
-                sent = http.environ.get
+                sent = environ.get
                 admit(service.config, sent("HTTP_AUTHORIZATION", ""), sent("HTTP_X_API_KEY", ""))
             if self.is_probe:
                 return to_response(self.handler(service))
@@ -1270,8 +1265,7 @@ class Endpoint:
             content, kind = Context().run(self.predict, params, EXCHANGE.get())
             return flask.Response(content, content_type=kind)
         except (Exception, SystemExit) as error:  # sys.exit would take the whole process along
-            problem = as_problem(error, service, f"{http.method} {http.path}")
-            return problem.get_response(http.environ)
+            return as_problem(error).get_response(environ)
 
     def predict(self, params, exchange=None):
         """Return the model's answer to checked parameters, and its content type."""
@@ -1399,9 +1393,14 @@ def routes_of(app):
 
 #: Cerberus's rules in JSON Schema, whose keywords are about values of their own types only.
 KEYWORDS = {
-    "min": "minimum", "max": "maximum", "minlength": "minLength", "maxlength": "maxLength",
+    "allowed": "enum",
     "default": "default",
+    "max": "maximum",
+    "maxlength": "maxLength",
+    "min": "minimum",
+    "minlength": "minLength",
 }
+LIST_KEYWORDS = {"default": "default", "maxlength": "maxItems", "minlength": "minItems"}
 #: Rules that change what is sent before it is checked, or let pass what others would refuse.
 LENIENT = {
     "allow_unknown", "coerce", "default_setter", "empty", "keysrules", "purge_unknown", "rename",
@@ -1411,24 +1410,23 @@ LENIENT = {
 
 def json_schema(rules):
     """Return a JSON Schema (2020-12) that refuses nothing which Cerberus accepts by its rules."""
-    rules = resolved(rules)
-    types, schema = types_of(rules), {}
-    if types and CHECKED.keys() >= {*types} and not any(map(rules.get, LENIENT)):
-        null = [None] if rules.get("nullable") or "default" in rules else []  # which replaces null
-        names = [*(CHECKED[name][2] for name in types), *map("null".format, null)]
-        schema["type"] = names if len(names) > 1 else names[0]
-        for rule in KEYWORDS.keys() & rules.keys():
-            keyword = KEYWORDS[rule]
-            is_list = types == ["list"]
-            schema[keyword.replace("Length", "Items") if is_list else keyword] = rules[rule]
-        if "allowed" in rules and "list" not in types:
-            schema["enum"] = [*rules["allowed"], *null]
-        if "binary" in types:
+    rules, schema = resolved(rules), {}
+    name, *others = types_of(rules) or [None]
+    if name in CHECKED and not others and not any(map(rules.get, LENIENT)):
+        schema["type"] = CHECKED[name][2]
+        keywords = LIST_KEYWORDS if name == "list" else KEYWORDS
+        for rule in keywords.keys() & rules.keys():
+            schema[keywords[rule]] = rules[rule]
+        if name == "binary":
             schema["format"] = "binary"
-        if "schema" in rules and types == ["dict"]:
+        if name == "dict" and "schema" in rules:
             schema |= fields_schema(rules["schema"])
-        elif "schema" in rules and types == ["list"]:
+        if name == "list" and "schema" in rules:
             schema["items"] = json_schema(rules["schema"])
+        if rules.get("nullable") or "default" in rules:  # which replaces null
+            schema["type"] = [schema["type"], "null"]
+            if "enum" in schema:
+                schema["enum"] = [*schema["enum"], None]
     match rules.get("meta"):
         case {"description": text}:
             schema["description"] = str(text)
@@ -1514,9 +1512,7 @@ def openapi_json():
 
 def docs_page():
     """A page to read about the service and to try it."""
-    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    policy += "connect-src 'self'; img-src data:; form-action 'none'; frame-ancestors 'none'"
-    return flask.Response(PAGE, headers={"Content-Security-Policy": policy})
+    return flask.Response(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
 
 
 # The ASGI edge
@@ -1599,8 +1595,7 @@ class Edge:
 
     def refusal(self, error):
         """Return status, headers and body of the answer to an exception."""
-        exchange = EXCHANGE.get()
-        problem = as_problem(error, self.service, f"{exchange.method} {exchange.path}")
+        problem = as_problem(error)
         try:
             response = problem.get_response({})
             headers = response.get_wsgi_headers({})
@@ -1616,15 +1611,11 @@ class Edge:
     async def body(self, task, headers, receive):
         """Return the body of a request, or the Problem that it is: 408 if it comes late, 413."""
         known, size, parts, more = int(headers.get(b"content-length", "0")[:18]), 0, [], True
-        late = Problem(408, "The body did not come in time.")
         try:
             while more and size <= max(MAX_READ, self.max_body_bytes):
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    await asyncio.sleep(0.05)  # the server cancels the task if the client has left
-                    if task.cancelling():  # which wait_for may have swallowed
-                        raise asyncio.CancelledError
-                    return late
+                    raise asyncio.CancelledError
                 more, part = message.get("more_body", False), message.get("body", b"")
                 size += len(part)
                 known = max(known, size)
@@ -1633,7 +1624,7 @@ class Edge:
         except asyncio.CancelledError:
             if not self.was_swept(task):
                 raise
-            return late
+            return Problem(408, "The body did not come in time.")
         if known > self.max_body_bytes:
             return Problem(413, f"The body is longer than {self.max_body_bytes} bytes.")
         return b"".join(parts)
@@ -1704,25 +1695,26 @@ class Edge:
 
     async def through_flask(self, scope, send, body):
         """Send Flask's answer, of which a thread makes one part after the other."""
-        call, is_started = FlaskCall(self.service.app, environ_of(scope, body)), False
+        parts = flask_parts(self.service.app, environ_of(scope, body))
+        run = partial(run_alone, threading.Lock(), copy_context())
+        step, status, is_whole = partial(run, next, parts, None), 0, False
         try:
-            part = await self.outcome(self.flask, call.step)
-            is_started = True
-            await start(send, call.status, call.headers)
-            while not call.is_whole and part is not None:
+            status, headers, is_whole, part = await self.outcome(self.flask, step)
+            await start(send, status, headers)
+            while not is_whole and part is not None:
                 async with asyncio.timeout(MAX_PAUSE):
                     await send({"type": "http.response.body", "body": part, "more_body": True})
-                part = await self.outcome(self.flask, call.step)
+                part = await self.outcome(self.flask, step)
             await send({"type": "http.response.body", "body": part or b""})
         except Exception as error:
-            if not is_started:
+            if not status:
                 raise
             if not isinstance(error, TimeoutError):
                 self.refusal(error)
             raise asyncio.CancelledError from None  # ends the connection: the client shall know
         finally:
-            if not call.is_whole:
-                job = Job(call.close, lambda outcome: None)
+            if not is_whole:
+                job = Job(partial(run, parts.close), lambda outcome: None)
                 job.exchange = None  # so that it is not refused where too many wait
                 self.flask.submit(job)
 
@@ -1733,37 +1725,27 @@ async def start(send, status, headers):
     await send({"type": "http.response.start", "status": status, "headers": pairs})
 
 
-class FlaskCall:
-    """A request on its way through Flask, in one thread after the other, but never two at once."""
+def run_alone(lock, context, function, *args):
+    """Return what a function returns in a context, in which nothing else runs meanwhile."""
+    with lock:
+        return context.run(function, *args)
 
-    def __init__(self, app, environ):
-        self.app, self.environ, self.is_whole = app, environ, False
-        self.chunks: Any = None
-        self.lock, self.context = threading.Lock(), copy_context()
 
-    def step(self):
-        """Return the next part of the body, or None; at first set status and headers, too."""
-        with self.lock:
-            return self.context.run(self._step)
-
-    def _step(self):
-        if self.chunks is not None:
-            return next(self.chunks, None)
-        self.chunks, status, headers = run_wsgi_app(self.app, self.environ)
-        self.status, self.headers = int(status[:3]), headers.to_wsgi_list()
-        part = next(self.chunks, None)
-        if part is None or headers.get("Content-Length") == str(len(part)):
-            self.is_whole = True
-            self._close()
-        return part
-
-    def close(self):
-        """Let Flask know that nothing more is asked for."""
-        with self.lock:
-            self.context.run(self._close)
-
-    def _close(self):
-        getattr(self.chunks, "close", lambda: None)()
+def flask_parts(app, environ):
+    """Yield status, headers, whether that is all, and first part of an answer, then its parts."""
+    response: Any = run_wsgi_app(app, environ)
+    chunks, status, headers = response
+    head = int(status[:3]), headers.to_wsgi_list()
+    try:
+        part = next(chunks, None)
+        is_whole = part is None or headers.get("Content-Length") == str(len(part))
+        if not is_whole:
+            yield *head, False, part
+            yield from chunks
+    finally:
+        getattr(chunks, "close", lambda: None)()
+    if is_whole:
+        yield *head, True, part or b""
 
 
 def environ_of(scope, body):
@@ -1883,8 +1865,7 @@ class Mest:
         app.config["MAX_CONTENT_LENGTH"] = self.config.max_body_bytes
 
         def refuse(error):
-            problem = as_problem(error, self, f"{request.method} {request.path}")
-            return problem.get_response(request.environ)
+            return as_problem(error).get_response(request.environ)
 
         app.register_error_handler(HTTPException, refuse)
         return app
@@ -2036,8 +2017,6 @@ class Mest:
 
     async def __call__(self, scope, receive, send):
         """Serve as an ASGI application, of gunicorn's own worker, uvicorn and others."""
-        if scope["type"] != "http":
-            raise NotImplementedError(f"Mest does not serve {scope['type']}, but http")
         loop = asyncio.get_running_loop()
         if self._edge is None or self._edge.loop is not loop:
             self._edge = Edge(self, loop)
@@ -2046,11 +2025,10 @@ class Mest:
     def run(self, **options: Any) -> None:
         """Start the development server, on 127.0.0.1 if there is no `listen_host`, with the models.
 
-        In a file that the `mest` command has loaded it only logs that the command does so. Options
-        are those of werkzeug.serving.run_simple.
+        In a file that the `mest` command loads it does nothing: the command runs the service.
+        Options are those of werkzeug.serving.run_simple.
         """
         if Mest._run_by_command:
-            self.logger.info("mest_app.run() does nothing here: the mest command runs the service")
             return
         if not options.get("use_reloader") or is_running_from_reloader():
             self.load_models()  # the reloader's parent only watches
@@ -2070,12 +2048,11 @@ def in_fresh_thread(function, *args):
 # Serving
 
 
-def hear_signals_apart():
+def hear_signals_apart(signals):
     """Let processes that a model forks hear signals as any process does, from their first moment.
 
     Else a signal to the child would be heard by the worker's loop, and the child go on.
     """
-    signals = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGABRT
     block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, signals)
     unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, signals)
 
@@ -2086,29 +2063,6 @@ def hear_signals_apart():
         unblock()
 
     os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=forget)
-
-
-def connection_class():
-    """Return gunicorn's class of connections, which the worker knows and may refuse."""
-    from gunicorn.asgi.protocol import ASGIProtocol
-
-    class Connection(ASGIProtocol):
-        def connection_made(self, transport):
-            super().connection_made(transport)
-            self.used = monotonic()
-            if len(self.worker.connections) >= self.worker.worker_connections:
-                transport.abort()
-            self.worker.connections.add(self)
-
-        def data_received(self, data):
-            self.used = monotonic()
-            super().data_received(data)
-
-        def connection_lost(self, error):
-            super().connection_lost(error)
-            self.worker.connections.discard(self)
-
-    return Connection
 
 
 def file_limit(cfg):
@@ -2125,13 +2079,26 @@ def file_limit(cfg):
     return max(1, min(cfg.worker_connections, spare))
 
 
-def close_idle(connections, seconds):
-    """Close connections without a request for so long, those too that never sent a whole one."""
-    for connection in [*connections]:
-        if getattr(connection, "_current_request", None):
-            connection.used = monotonic()
-        elif monotonic() - connection.used >= seconds:
+def connection_class():
+    """Return gunicorn's class of connections, which the worker knows and may refuse."""
+    from gunicorn.asgi.protocol import ASGIProtocol
+
+    class Connection(ASGIProtocol):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.worker.connections.add(self)
+            if self.worker.nr_conns > self.worker.worker_connections:
+                transport.abort()
+
+    return Connection
+
+
+def close_idle(worker):
+    """Close connections without a request, for which gunicorn would wait, too."""
+    for connection in [*worker.connections]:
+        if not getattr(connection, "_current_request", None):
             connection.transport.close()
+    worker.loop.call_later(0.5, close_idle, worker)
 
 
 def worker_for(service):
@@ -2140,7 +2107,8 @@ def worker_for(service):
 
     class Worker(gasgi.ASGIWorker):
         def init_process(self):
-            self.connections, self.explained = set(), 0.0
+            self.connections: WeakSet = WeakSet()
+            self.explained = 0.0
             self.worker_connections = file_limit(self.cfg)
             gasgi.ASGIProtocol = connection_class()
             super().init_process()
@@ -2151,7 +2119,7 @@ def worker_for(service):
 
         def run(self):
             super().init_signals()
-            hear_signals_apart()
+            hear_signals_apart(self.SIGNALS)
             self.loop.set_exception_handler(self.explain)
             super().run()
 
@@ -2162,10 +2130,6 @@ def worker_for(service):
                 self.explained = monotonic()
                 service.logger.error("too many files are open: connections have to wait")
 
-        def notify(self):  # every second
-            super().notify()
-            close_idle(self.connections, self.cfg.keepalive)
-
         def handle_exit_signal(self):  # SIGTERM, which a process group may get twice
             if not service.draining:
                 service.draining = True
@@ -2175,15 +2139,17 @@ def worker_for(service):
         def finish(self):
             self.cfg.set("graceful_timeout", service.config.graceful_timeout)
             super().handle_exit_signal()
-            for seconds in (1, 1.5, 2):  # gunicorn would wait for idle connections, too
-                self.loop.call_later(seconds, close_idle, self.connections, 0)
+            self.loop.call_later(0.5, close_idle, self)
 
     return Worker
 
 
-def settings_for(service, bind):
+def settings_for(service):
     """Return the settings of gunicorn that a Mest asks for."""
     config = service.config
+    host = config.listen_host or "0.0.0.0"
+    if ":" in host:
+        host = f"[{host}]"
 
     def child_exit(server, worker):
         if metrics():
@@ -2192,7 +2158,7 @@ def settings_for(service, bind):
             mark_process_dead(worker.pid)
 
     return {
-        "bind": bind,
+        "bind": f"{host}:{config.listen_port}",
         "workers": config.workers,
         "worker_class": worker_for(service),
         "timeout": config.liveness_timeout,  # of a loop: code that holds the GIL blocks it
@@ -2207,7 +2173,7 @@ def settings_for(service, bind):
     }
 
 
-def gunicorn_for(service, bind, options):
+def gunicorn_for(service, options):
     """Return gunicorn's application for a Mest, configured.
 
     The options beat GUNICORN_CMD_ARGS, that beats gunicorn.conf.py, and that the MestConfig.
@@ -2218,8 +2184,8 @@ def gunicorn_for(service, bind, options):
     class Service(Application):
         def init(self, parser, opts, args):
             if args:
-                parser.error(f"{args[0]} is no option; mest --app names the application")
-            return settings_for(service, bind)
+                parser.error(f"{args[0]} is no option; --app names the application")
+            return settings_for(service)
 
         def load_config(self):
             argv, sys.argv = sys.argv, ["mest run gunicorn --", *options]
@@ -2245,8 +2211,7 @@ def gunicorn_for(service, bind, options):
             routes = ", ".join(" ".join(route) for route in service.direct_routes())
             text = "serves on %s; without Flask: %s"
             service.logger.info(text, ", ".join(self.cfg.bind), routes or "nothing")
-            is_asgi = hasattr(self.cfg.worker_class, "finish")
-            return service if is_asgi else service.app
+            return service if hasattr(self.cfg.worker_class, "finish") else service.app
 
     return Service()
 
@@ -2259,8 +2224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = command_line().parse_args(argv)
     try:
         for field in MestConfig.settings():
-            if hasattr(args, field.name):
-                os.environ[f"MEST_{field.name.upper()}"] = getattr(args, field.name)
+            if value := getattr(args, field.name, None):
+                os.environ[f"MEST_{field.name.upper()}"] = value
         return args.run(args)
     except MestError as error:
         print(report(error), file=sys.stderr)
@@ -2271,20 +2236,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command_line():
     """Return the parser of the command line; what it parses has the function to call as `run`."""
-    app = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    about = "the application, and its Mest's name; default $MEST_APP or app.py"
-    app.add_argument("--app", metavar="FILE_OR_MODULE[:NAME]", help=about)
-    parser = argparse.ArgumentParser("mest", description="Serve a model.", parents=[app])
+    parser = argparse.ArgumentParser("mest", description="Serve a model.")
     parser.add_argument("--version", action="version", version=f"mest {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="serve the application")
     servers = run.add_subparsers(required=True, metavar="SERVER")
 
     def add(group, name, run, *fields):
-        command = group.add_parser(
-            name, help=run.__doc__, parents=[app], argument_default=argparse.SUPPRESS
-        )
+        command = group.add_parser(name, help=run.__doc__)
         command.set_defaults(run=run, options=[])
+        about = "the application, and its Mest's name; default $MEST_APP or app.py"
+        command.add_argument("--app", metavar="FILE_OR_MODULE[:NAME]", help=about)
         for field in MestConfig.settings():
             if field.name in fields:
                 option = "--" + field.name.removeprefix("listen_")
@@ -2292,7 +2254,7 @@ def command_line():
         return command
 
     dev = add(servers, "dev", run_dev, "listen_host", "listen_port")
-    dev.add_argument("--no-reload", dest="reload", action="store_false", default=True)
+    dev.add_argument("--no-reload", dest="reload", action="store_false")
     fields = "listen_host", "listen_port", "workers", "threads"
     production = add(servers, "gunicorn", run_gunicorn, *fields)
     production.add_argument("--preload", action="store_true", help="load the models before forking")
@@ -2332,10 +2294,8 @@ def run_gunicorn(args):
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", directory)
     try:
         service, _ = load_app(args)
-        host, port = service.config.listen_host or "0.0.0.0", service.config.listen_port
-        bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        options = ["--preload", *args.options] if hasattr(args, "preload") else args.options
-        gunicorn_for(service, bind, options).run()
+        options = ["--preload", *args.options] if args.preload else args.options
+        gunicorn_for(service, options).run()
         return 0
     except (AppImportError, HaltServer) as error:  # a model, or a second worker that failed
         print(error, file=sys.stderr)
@@ -2365,7 +2325,7 @@ def client_of(service):
 def run_test(args):
     """send each example to the application, if there is one, then run pytest"""
     failed = 0
-    if hasattr(args, "app") or "MEST_APP" in os.environ or os.path.isfile("app.py"):
+    if args.app or "MEST_APP" in os.environ or os.path.isfile("app.py"):
         service, _ = load_app(args)
         service.load_models()
         failed = send_examples(service)
@@ -2410,7 +2370,7 @@ def load_app(args):
     Raises:
         MestError: it does not exist, cannot be imported, or has no Mest or several.
     """
-    target = getattr(args, "app", None) or os.environ.get("MEST_APP") or "app.py"
+    target = args.app or os.environ.get("MEST_APP") or "app.py"
     path, _, name = target.partition(":")
     folder, module_name = os.getcwd(), path
     if path.endswith(".py"):
@@ -2445,6 +2405,12 @@ if os.path.realpath(getattr(_main, "__file__", None) or "") == os.path.realpath(
 for _path in ("app", "app.api", "models"):
     sys.modules[f"{__name__}.{_path}"] = _this
 
+
+#: What the page may do: https://www.w3.org/TR/CSP3/
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; form-action 'none'; frame-ancestors 'none'"
+)
 
 #: The page at /docs. It asks nobody but this service, and inserts nothing as HTML.
 PAGE = r"""<!doctype html>

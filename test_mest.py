@@ -64,7 +64,7 @@ X = {"x": {"type": "float", "required": True}}
 def make(app=None, models=(), **fields):
     """A Mest whose name, and so its logger, no other test has."""
     name = f"t{uuid.uuid4().hex}"
-    return Mest(MestConfig(name, 8000, list(models), environ={}, **fields), app=app)
+    return Mest(MestConfig(name, 8000, list(models), **fields), app=app)
 
 
 @pytest.fixture
@@ -335,23 +335,22 @@ def test_an_exception_is_an_opaque_500_that_the_log_and_flasks_signal_explain(ro
 
 
 def test_the_environment_beats_the_code_unless_it_is_empty_and_no_key_is_shown(monkeypatch):
-    environ = {"MEST_LISTEN_PORT": "8080", "MEST_WORKERS": "3", "MEST_THREADS": "", "OTHER": "1"}
-    environ["MEST_API_KEY"] = "hunter2, hunter3"
-    config = MestConfig("a", 8000, workers=2, threads=5, api_key="other", environ=environ)
+    environ = {"LISTEN_PORT": "8080", "WORKERS": "3", "THREADS": "", "API_KEY": "hunter2, hunter3"}
+    for name, value in environ.items():
+        monkeypatch.setenv(f"MEST_{name}", value)
+    config = MestConfig("a", 8000, workers=2, threads=5, api_key="other")
     assert (config.listen_port, config.workers, config.threads) == (8080, 3, 5)
     assert config.api_key == "hunter2, hunter3"
     assert "hunter" not in repr(config)
-    monkeypatch.setenv("MEST_LISTEN_PORT", "8123")
-    assert MestConfig("a").listen_port == 8123
-    assert MestConfig("a", environ={}).listen_port == 8000
 
 
 @pytest.mark.parametrize("field", MestConfig.settings(), ids=lambda field: field.name)
-def test_every_setting_can_be_set_by_the_environment(field):
+def test_every_setting_can_be_set_by_the_environment(field, monkeypatch):
     allowed = field.metadata["allowed"]
     values = {str: "elsewhere", bool: not field.default}
     value = values[allowed] if isinstance(allowed, type) else allowed[-1]
-    config = MestConfig("a", environ={"MEST_" + field.name.upper(): str(value)})
+    monkeypatch.setenv("MEST_" + field.name.upper(), str(value))
+    config = MestConfig("a")
     assert getattr(config, field.name) == value != field.default
     assert field.metadata["meaning"]
 
@@ -372,10 +371,14 @@ def test_every_setting_can_be_set_by_the_environment(field):
     ("api_key", 5, "api_key is"), ("models_instances", [Doubler], "models_instances has <class"),
     ("models_instances", [Doubler(), 5], "models_instances has 5; it must be an instance of"),
 ])
-def test_a_wrong_value_is_refused_with_its_field_and_what_is_allowed(name, value, message):
-    fields, environ = ({}, {name: value}) if name.startswith("MEST_") else ({name: value}, {})
+def test_a_wrong_value_is_refused_with_its_field_and_what_is_allowed(name, value, message, monkeypatch):
+    fields = {"service_name": "a"}
+    if name.startswith("MEST_"):
+        monkeypatch.setenv(name, value)
+    else:
+        fields[name] = value
     with pytest.raises(MestError) as caught:
-        MestConfig(**{"service_name": "a", **fields}, environ=environ)
+        MestConfig(**fields)
     assert message in str(caught.value)
 
 
@@ -1340,7 +1343,7 @@ def test_without_a_key_there_is_no_answer_on_either_edge(edge, url, headers, sta
     ({"type": "date"}, {}), ({**F, "coerce": int}, {}), ({}, {}), ({**F, "min": -math.inf}, {}),
     ({**F, "min": 0}, {"type": "number", "minimum": 0}),
     ({**F, "default": 1}, {"type": ["number", "null"], "default": 1}),
-    ({"type": ["string", "list"], "maxlength": 2}, {"type": ["string", "array"], "maxLength": 2}),
+    ({"type": ["string", "list"], "maxlength": 2}, {}),
     ({"type": "string", "allowed": ["a"], "nullable": True},
      {"type": ["string", "null"], "enum": ["a", None]}),
     ({"type": "string", "allowed": ["a", "b"]}, {"type": "string", "enum": ["a", "b"]}),
@@ -1818,7 +1821,7 @@ def test_a_copy_works_in_a_project_and_in_a_package_of_it(project, command, targ
     packaged += "from service.mest.app.api import Router as Other\nassert Other is Router\n"
     relative = APP.replace("from mest import", "from .mest import")
     project.write(app=APP, **{"service/packaged": packaged, "service/relative": relative})
-    with project.serve("--app", target, "run", server, command=command, PYTHONPATH="") as running:
+    with project.serve("run", server, "--app", target, command=command, PYTHONPATH="") as running:
         assert running.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
 
 
@@ -2102,11 +2105,11 @@ def test_the_restart_of_one_of_two_instances_loses_no_request(slow):
         assert len({*answers}) == 3
 
 
-def test_stalled_clients_delay_nobody_and_are_closed(slow):
+def test_stalled_clients_delay_nobody_and_their_bodies_have_a_deadline(slow):
     body = framed(b"{", url="/predict", length=9)
     with (
-        slow("--", "--keep-alive", "1", MEST_REQUEST_TIMEOUT="1") as server,
-        connected(server, 40, body[:60]) as heads, connected(server, 40, body) as bodies,
+        slow(MEST_REQUEST_TIMEOUT="1") as server,
+        connected(server, 40, body[:60]), connected(server, 40, body) as bodies,
     ):
         began = time.monotonic()
         for _ in range(20):
@@ -2114,7 +2117,6 @@ def test_stalled_clients_delay_nobody_and_are_closed(slow):
             assert server.ask("/predict", {"x": 1})[0] == 200
         assert time.monotonic() - began < 2
         assert {client.recv(65536)[:12] for client in bodies} == {b"HTTP/1.1 408"}
-        assert {client.recv(65536) for client in heads} == {b""}
 
 
 LIMITED = """import os, resource, sys
@@ -2284,11 +2286,11 @@ def test_a_mistake_is_one_message_that_names_the_cure(project, command, before, 
     (["--version"], {}, 0, f"mest {mest.__version__}"), ([], {}, 2, "are required: COMMAND"),
     (["fly"], {}, 2, "invalid choice: 'fly'"), (["run"], {}, 2, "required: SERVER"),
     (["run", "gunicorn", "--bind", "a"], {}, 2, "unrecognized arguments: --bind"),
-    (["run", "gunicorn", "--", "app:app"], {}, 2, "app:app is no option; mest --app names"),
+    (["run", "gunicorn", "--", "app:app"], {}, 2, "app:app is no option; --app names"),
     (["run", "dev", "--port", "x"], {}, 1, "MEST_LISTEN_PORT is 'x'; it must be an integer"),
     (["run", "gunicorn"], {"MEST_WORKERS": "x"}, 1, "mest: MEST_WORKERS is 'x'; it must be an"),
-    (["--app", "app.py:other", "shell"], {}, 1, "has no Mest named other, but ['mest_app']"),
-    (["--app", "other.py", "shell"], {}, 1, "mest: there is no application other.py in /"),
+    (["shell", "--app", "app.py:other"], {}, 1, "has no Mest named other, but ['mest_app']"),
+    (["shell", "--app", "other.py"], {}, 1, "mest: there is no application other.py in /"),
 ])
 def test_a_wrong_command_line_is_refused(project, command, args, env, code, message):
     project.write(app=APP)
@@ -2322,7 +2324,6 @@ def test_the_shell_has_the_service_at_hand(project, command):
     project.write(app=APP + "mest_app.run()\n")
     lines = "print(doubler.predict(x=4), app.name, client.post('/predict', json={'x': 1}).json)\n"
     done = command("shell", stdin=lines, MEST_API_KEY="a,b")
-    assert "mest_app.run() does nothing" in done.stdout
     assert "{'y': 8} doubler {'y': 2}" in done.stdout
     assert done.stderr.startswith("There are mest_app, app, client.\n")
 
@@ -2366,7 +2367,7 @@ def blocks(language):
 
 
 def test_the_example_works(project):
-    with project.serve("--app", str(HERE / "example_app.py"), "run", "gunicorn") as example:
+    with project.serve("run", "gunicorn", "--app", str(HERE / "example_app.py")) as example:
         assert b'"setosa"' in example.ask("/predict", {"flower": [5.1, 3.5, 1.4, 0.2]})[1][:30]
         assert example.ask("/species/setosa?decimals=0")[1].startswith(b'{"weights":[-0.0,2.0,')
 
