@@ -1770,18 +1770,23 @@ class Loading(GenericModel):
         self.loaded.append((directory_path, threading.current_thread().name == "MainThread"))
 
 
+def test_readiness_is_that_every_model_is_loaded():
+    mest_app = make(models=[Loading()])
+    client = mest_app.app.test_client()
+    assert client.get("/readyz").json["detail"] == "The model Loading is not loaded."
+    mest_app.load_models()
+    assert client.get("/readyz").json == {"status": "ready"}
+
+
 def test_setup_loads_every_model_once_in_a_thread_and_logs_how_long_it_took(router, capsys):
     listed, routed, late = Loading(), Loading(), Loading()
     mest_app = make(models=[listed, listed], local_model_directory_path="somewhere")
     router.add_predict_route(routed, {}, url="/a")
     mest_app.register_router("/", router)
     assert mest_app.models == [listed, routed]
-    client = mest_app.app.test_client()
-    assert client.get("/readyz").json["detail"] == "The model Loading is not loaded."
     assert mest_app.setup().setup() is mest_app
     router.add_predict_route(late, {}, url="/b")
     assert listed.loaded == routed.loaded == late.loaded == [("somewhere", False)]
-    assert client.get("/readyz").json == {"status": "ready"}
     assert [model.is_loaded for model in (late, Loading())] == [True, False]
     words = [line["message"].split() for line in log_of(capsys)]
     assert [" ".join(each[:4]) for each in words] == ["model Loading loaded in"] * 3
