@@ -131,12 +131,8 @@ class Problem(HTTPException):
 
 
 def as_problem(error):
-    """Return the answer to any exception: the one place where errors become answers.
-
-    What Werkzeug and `flask.abort` raise keeps its status and headers. All else is a defect of the
-    service: it is logged, and the client is told nothing but the request's id.
-    """
-    if not isinstance(error, HTTPException):
+    """Return the answer to any exception: the one place where errors become answers."""
+    if not isinstance(error, HTTPException):  # a defect, of which clients are told the id alone
         exchange = EXCHANGE.get()
         asked = f"{exchange.method} {exchange.path}"
         exchange.service.logger.error("%s failed: %r", asked, error, exc_info=error)
@@ -325,17 +321,14 @@ class LogFormatter(logging.Formatter):
 
 
 def set_up_logging(config):
-    """Return `logging.getLogger(service_name)` with its level and one handler, which are set anew.
-
-    It does not propagate, so that a line is written once whatever else the process logs.
-    """
+    """Return the logger of the service_name with its level and one handler, which are set anew."""
     logger = logging.getLogger(config.service_name)
     others = [h for h in logger.handlers if not isinstance(h.formatter, LogFormatter)]
     handler = logging.StreamHandler(sys.stdout)
     is_json = config.log_format == "json" or not sys.stdout.isatty()
     handler.setFormatter(LogFormatter(is_json and config.log_format != "text"))
     logger.handlers = [*others, handler]
-    logger.propagate = False
+    logger.propagate = False  # a line is written once, whatever else the process logs
     logger.setLevel(config.log_level)
     return logger
 
@@ -510,10 +503,7 @@ def types_of(rules):
 
 
 def convert_text(text, rules):
-    """Return text from a query or form as the type that Cerberus's rules ask for.
-
-    What does not convert stays text, for Cerberus to refuse, and so does all where text is allowed.
-    """
+    """Return text from a query or form as the type of its rules; what does not convert stays."""
     types = {*types_of(rules)}
     if not isinstance(text, str) or "string" in types:
         return text
@@ -532,10 +522,9 @@ def convert_text(text, rules):
 
 
 class Validator(cerberus.Validator):
-    """Cerberus's validator for documents from strangers. It is not thread-safe: one a document.
+    """Cerberus's validator for documents from strangers. It is not thread-safe: one a document."""
 
-    `errors_left` is a list with the number of errors that it and its children may still note.
-    """
+    # `errors_left` is a list with the number of errors that it and its children may still note.
 
     def _error(self, *args):
         left = self._config.get("errors_left", [MAX_ERRORS])
@@ -549,11 +538,8 @@ class Validator(cerberus.Validator):
 
 
 def value_check(rules):
-    """Return a function that tells whether Cerberus surely accepts a value, by these rules.
-
-    It raises a LookupError, TypeError or ValueError at rules that are left to Cerberus.
-    """
-    [name] = types_of(rules)
+    """Return a function that tells whether Cerberus surely accepts a value, by these rules."""
+    [name] = types_of(rules)  # which fails, as all below, at rules that are left to Cerberus
     types, makers, _ = CHECKED[name]
     used = rules.keys() - {"type", "required", "nullable", "meta"}
     tests = [makers[rule](rules[rule]) for rule in used]
@@ -669,10 +655,7 @@ class Parameters:
         return received.variables | self.check(self.document(received))
 
     def document(self, received):
-        """Return what is to be checked: query or form, over that JSON, over that the path.
-
-        Of the variables of the path those that the schema names, which are taken out of them.
-        """
+        """Return what is to be checked: query or form, over that JSON, over that the path."""
         fields, values = decode(received)
         variables, known = received.variables, {}
         for name in variables.keys() & self.schema.keys():
@@ -791,10 +774,7 @@ VARIABLE = re.compile(r"<(?:[^<>]*:)?(\w+)>")
 
 
 def check_arguments(function, schema, url, defaults):
-    """Raise a MestError unless a function can take a schema's fields, and what its url gives.
-
-    Otherwise a request would find it out, and get an answer with the status 500.
-    """
+    """Raise a MestError unless a function can take a schema's fields, and what its url gives."""
     rules = {field: resolved(own) for field, own in schema.items()}
     used = set().union(*rules.values())
     if used & {"rename", "rename_handler", "readonly", "excludes"}:
@@ -1034,9 +1014,6 @@ class Batcher:
 
     A batch waits, `timeout` at most, for as many jobs as there were last time, in the batch and
     behind it. So a lone caller never waits, and a crowd fills the batches from the second one on.
-
-    `work` returns the outcomes of a batch, a list of payloads, of which it has `size` at most;
-    `threads` are started as they are needed; `name` is the model's, for the metrics.
     """
 
     def __init__(self, work, threads, size=1, timeout=0.0, name=""):
@@ -1231,10 +1208,7 @@ def read_body(http):
 
 
 def to_response(result):
-    """Return Flask's response to what a handler returned; data and text are encoded.
-
-    What Flask takes itself, such as bytes, responses and generators, stays as it is.
-    """
+    """Return what Flask takes for what a handler returned: data and text are encoded."""
     body, *rest = result if isinstance(result, tuple) else (result,)
     if isinstance(body, str):
         body = flask.Response(body, content_type="text/plain; charset=utf-8")
@@ -1251,13 +1225,10 @@ def encode_prediction(result):
 
 
 def admit(config, authorization, key):
-    """Raise a Problem, 401, unless a request has one of the API keys, if there are any.
-
-    It is sent as a bearer token (RFC 6750, section 2.1) in Authorization, or in X-API-Key.
-    """
+    """Raise a Problem, 401, unless a request has one of the API keys, if there are any."""
     if not config.api_key:
         return
-    scheme, _, token = authorization.partition(" ")
+    scheme, _, token = authorization.partition(" ")  # RFC 6750, section 2.1
     sent = [key, token if scheme.lower() == "bearer" else ""]
     matches = 0
     for known, given in itertools.product(config.api_key.split(","), sent):  # all of them
@@ -1939,11 +1910,7 @@ class Mest:
             EXCHANGE.reset(token)
 
     def direct_routes(self):
-        """Return the endpoints, by method and path, that the event loop may serve without Flask.
-
-        They are probes and predict routes without variables in their urls, if Mest made the Flask
-        application and nobody has added what Flask would have to call.
-        """
+        """Return the endpoints that the event loop may serve without Flask, by method and path."""
         routes: dict = {}
         if self._own_hooks != hooks_of(self.app):
             return routes
@@ -2084,11 +2051,8 @@ class Mest:
 
 
 def in_fresh_thread(function, *args):
-    """Return what a function returns in a thread of its own.
-
-    In the main thread of a fork code of OpenMP's hangs if it has run before the fork.
-    """
-    with ThreadPoolExecutor(1) as thread:
+    """Return what a function returns in a thread of its own."""
+    with ThreadPoolExecutor(1) as thread:  # OpenMP hangs in the main thread of a fork
         return thread.submit(function, *args).result()
 
 
@@ -2096,10 +2060,7 @@ def in_fresh_thread(function, *args):
 
 
 def hear_signals_apart(signals):
-    """Let processes that a model forks hear signals as any process does, from their first moment.
-
-    Else a signal to the child would be heard by the worker's loop, and the child go on.
-    """
+    """Let processes that a model forks hear signals themselves, and not the worker's loop."""
     block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, signals)
     unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, signals)
 
@@ -2113,10 +2074,7 @@ def hear_signals_apart(signals):
 
 
 def file_limit(cfg):
-    """Return how many connections there may be, and raise the limit of open files as far as it can.
-
-    A loop that cannot accept for want of descriptors would write a line for each attempt.
-    """
+    """Return how many connections there may be, with the limit of open files as high as it can."""
     import resource
 
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -2221,10 +2179,7 @@ def settings_for(service):
 
 
 def gunicorn_for(service, options):
-    """Return gunicorn's application for a Mest, configured.
-
-    The options beat GUNICORN_CMD_ARGS, that beats gunicorn.conf.py, and that the MestConfig.
-    """
+    """Return gunicorn's application for a Mest; options beat the environment, that files."""
     from gunicorn.app.base import Application
     from gunicorn.errors import AppImportError
 
