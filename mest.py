@@ -1761,13 +1761,14 @@ def flask_parts(app, environ):
 def environ_of(scope, body):
     """Return a request as WSGI has it (PEP 3333), with the bytes of the path as they were sent."""
     path = unquote_to_bytes(scope.get("raw_path") or scope["path"])
-    stream: Any = BytesIO(b"" if isinstance(body, Problem) else body)
-    if isinstance(body, Problem):  # who reads it finds out why
 
-        def read(*args):
-            raise body
+    def read(*args):
+        raise body
 
-        stream = SimpleNamespace(read=read, readline=read)
+    if isinstance(body, Problem):
+        stream: Any = SimpleNamespace(read=read, readline=read)  # who reads it finds out why
+    else:
+        stream = BytesIO(body)
     host, port = scope.get("server") or ("localhost", None)
     environ = {
         "REQUEST_METHOD": scope["method"],
@@ -1799,7 +1800,7 @@ def environ_of(scope, body):
             joint = "; " if name == b"cookie" else ","
             text = f"{environ[key]}{joint}{text}"
         environ[key] = text
-    if isinstance(body, bytes) and body:
+    if not isinstance(body, Problem):
         environ["CONTENT_LENGTH"] = str(len(body))
     return environ
 
@@ -2080,7 +2081,7 @@ def file_limit(cfg):
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    spare = most - 200 if most != resource.RLIM_INFINITY else sys.maxsize  # 200 for the model
+    spare = most - 200 if most > 0 else sys.maxsize  # 200 for the model; -1 is infinity
     return max(1, min(cfg.worker_connections, spare))
 
 
