@@ -829,13 +829,13 @@ def test_a_compiled_check_accepts_what_cerberus_accepts_and_makes_the_same_of_it
             continue  # one that is not finite
         compiled += parameters.check_quickly is not None
         validator = cerberus.Validator(copy.deepcopy(schema))
-        for _ in range(5):
+        for _ in range(6):
             document = wild.document(schema, wild.random.choice([0, 0, 0.1, 0.5]))
             document |= {"n": "1"} if is_coerced else {}
             sure += parameters.quick(copy.deepcopy(document)) is not None
             accepted += compare(parameters, validator, document)
     assert compiled > 25
-    assert accepted > 260
+    assert accepted > 300
     assert sure > 0.2 * accepted
 
 
