@@ -678,10 +678,11 @@ class Parameters:
 
     def quick(self, document):
         """Return the document with its defaults, or None if only Cerberus can tell."""
-        if lacking := self.defaults.keys() - document:
+        if self.defaults.keys() - document:
             document = dict(document)
-            for name in lacking:
-                document[name] = copy.deepcopy(self.defaults[name])
+            for name, default in self.defaults.items():
+                if name not in document:
+                    document[name] = copy.deepcopy(default)
         with suppress(TypeError, ValueError, OverflowError):  # of a built-in
             if self.check_quickly and self.check_quickly(document):
                 return document
@@ -985,10 +986,11 @@ def batch_results(infer_batch, payloads):
     """Return the results of a batch as a list, one for each payload."""
     results = infer_batch([*payloads])
     results = getattr(results, "to_numpy", lambda: results)()  # of pandas
-    if isinstance(results, (Mapping, str, bytes)) or len(results) != len(payloads):
+    outcomes = [] if isinstance(results, (Mapping, str, bytes)) else [*results]
+    if len(outcomes) != len(payloads):
         returned = f"infer_batch returned {type(results).__name__}"
         raise MestError(f"{returned}, not a list with a result for each of {len(payloads)}")
-    return list(results)
+    return outcomes
 
 
 def batch_outcomes(infer_batch, payloads):
@@ -1573,9 +1575,9 @@ class Edge:
             endpoint = self.direct.get((exchange.method, exchange.path))
             media_type = media_type_of(headers.get(b"content-type", ""))
             if endpoint and media_type not in FORM_TYPES and len(headers) == len(scope["headers"]):
+                exchange.route = exchange.path
                 if isinstance(body, Problem):
                     raise body
-                exchange.route = exchange.path
                 response = await self.answer(endpoint, scope, headers, body)
             else:
                 self.deadlines[task] = math.inf  # a stream may last
@@ -1619,7 +1621,8 @@ class Edge:
         try:
             while more and size <= max(MAX_READ, self.max_body_bytes):
                 message = await receive()
-                if message["type"] == "http.disconnect":
+                # Python 3.11's wait_for may have swallowed the cancellation by the sweep.
+                if message["type"] == "http.disconnect" or task not in self.deadlines:
                     raise asyncio.CancelledError
                 more = message.get("more_body", False)
                 part = message.get("body", b"")
@@ -1732,6 +1735,8 @@ async def start(send, status, headers):
     pairs = []
     for name, value in headers:
         pairs.append((name.lower().encode("latin-1"), value.encode("latin-1")))
+    if status == 408 or EXCHANGE.get().service.draining:
+        pairs.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": pairs})
 
 
@@ -2032,6 +2037,10 @@ class Mest:
 
     async def __call__(self, scope, receive, send):
         """Serve as an ASGI application, of gunicorn's own worker, uvicorn and others."""
+        if scope["type"] != "http":  # WebSockets are refused
+            await receive()
+            await send({"type": "websocket.close"})
+            return
         loop = asyncio.get_running_loop()
         if self._edge is None or self._edge.loop is not loop:
             self._edge = Edge(self, loop)
@@ -2066,6 +2075,7 @@ def hear_signals_apart(signals):
     unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, signals)
 
     def forget():
+        globals().update(metrics=lambda: None)  # another thread may have held a lock of theirs
         signal.set_wakeup_fd(-1)
         for number in signals:
             signal.signal(number, signal.SIG_DFL)

@@ -253,6 +253,13 @@ def fail():
 """
 
 
+ASGI_SCOPE = {
+    "type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "root_path": "",
+    "path": "/predict", "query_string": b"", "client": ("1.2.3.4", 5), "server": ("127.0.0.1", 80),
+    "headers": [],
+}
+
+
 def over_asgi(
     mest_app, url="/predict", method="POST", parts=(b'{"x": 3}',), headers=None, whole=True, **scope
 ):
@@ -261,9 +268,8 @@ def over_asgi(
     headers = {**JSON, "X-Request-Id": "r1"} if headers is None else headers
     pairs = headers.items() if isinstance(headers, dict) else headers
     scope = {
-        "type": "http", "http_version": "1.1", "method": method, "scheme": "http",
-        "path": unquote(path), "raw_path": path.encode(), "query_string": query.encode(),
-        "root_path": "", "client": ("1.2.3.4", 5), "server": ("127.0.0.1", 80), **scope,
+        **ASGI_SCOPE, "method": method, "path": unquote(path), "raw_path": path.encode(),
+        "query_string": query.encode(), **scope,
         "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in pairs],
     }
     sent = []
@@ -852,6 +858,7 @@ HUGE = 10**400
     ({"a": {"type": "dict", "allow_unknown": True, "schema": {"l": ROWS}}},
      {"a": {"l": [{"z": 1}]}}),
     ({"l": {**ROWS, "allow_unknown": True}}, {"l": [{"z": 1}]}),
+    ({name: {**N, "default": 1} for name in "cdab"}, {}),
     ({"x": {"type": "list", "schema": {**N, "default": 5}}}, {"x": [1, None]}),
     ({"x": {"type": "list", "schema": ROW}}, {"x": [{}, {"a": None}, {"a": 2}]}),
     ({"a": {"type": "dict", "schema": {"b": {**ROW, "default": {}}}}}, {"a": {}}),
@@ -1019,6 +1026,12 @@ def test_without_prometheus_client_there_are_no_metrics_and_all_else_works(edge,
     assert edge(mest_app, "/metrics", **GET).status == 404
 
 
+def test_a_body_that_is_too_long_is_counted_under_its_route():
+    counted = growth("mest_requests_total", route="/predict", method="POST", status="413")
+    assert over_asgi(serving(max_body_bytes=5)).status == 413
+    assert counted() == 1
+
+
 @on_both_edges
 @pytest.mark.parametrize("access_log", [True, False])
 def test_answers_are_logged_where_that_is_asked_for(edge, access_log, capsys):
@@ -1122,6 +1135,13 @@ def test_a_lone_request_never_waits_for_others_and_one_at_most_for_a_crowd_that_
     assert time.monotonic() - began < 0.5
 
 
+class Table(list):
+    """As of pyarrow: its length is that of rows, its items are columns."""
+
+    def __iter__(self):
+        return iter("xy")
+
+
 class Faulty(Squares):
     def infer_batch(self, payloads):
         results = super().infer_batch(payloads)
@@ -1131,6 +1151,8 @@ class Faulty(Squares):
                 raise error
         if 99 in values:
             return results[:-1]
+        if 98 in values:
+            return Table(results)
         return [KeyError(7) if x == 7 else x**2 for x in values]
 
 
@@ -1138,6 +1160,7 @@ class Faulty(Squares):
 @pytest.mark.parametrize("x, kind, text, calls", [
     (13, ValueError, "unlucky", 3), (7, KeyError, "7", 0), (5, RuntimeError, "SystemExit.3", 3),
     (99, MestError, "infer_batch returned list, not .* result for each of 1", 3),
+    (98, MestError, "infer_batch returned Table, not .* result for each of 1", 3),
 ])
 def test_who_fails_fails_alone_after_one_more_try(size, x, kind, text, calls):
     model = Faulty(max_batch_size=size)
@@ -1660,9 +1683,46 @@ def test_a_body_that_does_not_come_is_408_if_anybody_reads_it_and_a_hook_sees_th
     calls = [functools.partial(ask, url) for url in [*READING, UNREAD]]
     *answers, unhooked = at_once([*calls, lambda: ask("/predict", serving)])
     assert [answer.status for answer in answers] == [408, 408, 408, 408, 200]
+    assert [answer.headers.get("connection") for answer in answers] == [*["close"] * 4, None]
     assert [answer.headers["access-control-allow-origin"] for answer in answers] == ["*"] * 5
     assert unhooked.status == 408
     assert b"did not come in time" in unhooked.body
+
+
+def test_a_deadline_is_kept_by_servers_that_swallow_a_cancellation():
+    messages = []
+
+    async def receive():  # as asyncio.wait_for may do on Python 3.11
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def send(message):
+        messages.append(message)
+
+    call = serving(request_timeout=1)(ASGI_SCOPE, receive, send)
+    asyncio.run(asyncio.wait_for(call, PATIENCE))
+    assert messages[0]["status"] == 408
+
+
+def test_answers_during_the_drain_announce_that_the_connection_will_be_closed():
+    mest_app = serving()
+    assert "connection" not in over_asgi(mest_app).headers
+    mest_app.draining = True
+    assert over_asgi(mest_app).headers["connection"] == "close"
+
+
+def test_websockets_are_refused():
+    sent = []
+
+    async def receive():
+        return {"type": "websocket.connect"}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(serving()({**ASGI_SCOPE, "type": "websocket"}, receive, send))
+    assert sent == [{"type": "websocket.close"}]
 
 
 @pytest.mark.parametrize("value", ["a\nb", "\u4e2d"])
@@ -1776,6 +1836,14 @@ def test_readiness_is_that_every_model_is_loaded():
     assert client.get("/readyz").json["detail"] == "The model Loading is not loaded."
     mest_app.load_models()
     assert client.get("/readyz").json == {"status": "ready"}
+
+
+@pytest.mark.parametrize("limit, status", [(0, 200), (5, 503), (7000, 200)])
+def test_liveness_is_that_no_model_is_in_one_call_for_too_long(limit, status):
+    model = Loading()
+    model._batcher.busy_since[threading.current_thread()] = time.monotonic() - 1000
+    client = make(models=[model], liveness_timeout=limit).app.test_client()
+    assert client.get("/livez").status_code == status
 
 
 def test_setup_loads_every_model_once_in_a_thread_and_logs_how_long_it_took(router, capsys):
@@ -2200,6 +2268,11 @@ from multiprocessing import Pool, Process
 child = Process(target=time.sleep, args=(60,))
 """
 END = "; child.join(20); result = child.exitcode"
+COUNTING = """import mest
+model = type("Printing", (mest.GenericModel,), {"infer": print})()
+child = Process(target=model.predict)
+with mest.metrics().queue_length._lock: child.start()
+pass"""
 
 
 @pytest.mark.parametrize("source, result", [
@@ -2208,6 +2281,7 @@ END = "; child.join(20); result = child.exitcode"
     (BEGIN + "child.start(); time.sleep(0.1); os.kill(child.pid, signal.SIGINT)" + END, -2),
     (BEGIN + "with Pool(2) as pool:\n pool.apply_async(time.sleep, (60,))\n"
      " result = pool.map(abs, [-1])", [1]),
+    (BEGIN + COUNTING + END, 0),
     (BEGIN + "with ProcessPoolExecutor(2) as pool:\n result = list(pool.map(abs, [-2]))", [2]),
     ("import ctypes; result = ctypes.PyDLL(None).usleep(2_000_000)", 0),  # it holds the interpreter
 ])
