@@ -53,7 +53,6 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -295,9 +294,7 @@ def visible(text):
 class LogFormatter(logging.Formatter):
     """Formats a record as a JSON object in one line, or for people, with what `extra` added."""
 
-    def __init__(self, is_json):
-        super().__init__()
-        self.is_json = is_json
+    is_json = True
 
     def format(self, record):
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
@@ -324,9 +321,10 @@ def set_up_logging(config):
     """Return the logger of the service_name with its level and one handler, which are set anew."""
     logger = logging.getLogger(config.service_name)
     others = [h for h in logger.handlers if not isinstance(h.formatter, LogFormatter)]
-    handler = logging.StreamHandler(sys.stdout)
-    is_json = config.log_format == "json" or not sys.stdout.isatty()
-    handler.setFormatter(LogFormatter(is_json and config.log_format != "text"))
+    handler, formatter = logging.StreamHandler(sys.stdout), LogFormatter()
+    is_json = {"json": True, "text": False, "auto": not sys.stdout.isatty()}
+    formatter.is_json = is_json[config.log_format]
+    handler.setFormatter(formatter)
     logger.handlers = [*others, handler]
     logger.propagate = False  # a line is written once, whatever else the process logs
     logger.setLevel(config.log_level)
@@ -341,7 +339,7 @@ MAX_DEPTH = 100
 
 def refuse_constant(name):
     """Refuse NaN and Infinity, which Python would decode."""
-    raise ArithmeticError(f"{name} has no form in JSON")
+    raise ValueError(f"{name} has no form in JSON")
 
 
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
@@ -358,7 +356,7 @@ def decode_object(body):
         value = DECODER.decode(text)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # fails on a lone surrogate
-    except (ValueError, ArithmeticError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Problem(400, f"The body is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
         raise Problem(422, "The body is JSON, but no object; send an object with the parameters.")
@@ -406,14 +404,14 @@ def plain(value):
     for types, form in FORMS:
         if isinstance(value, types):
             if value != value:
-                raise ArithmeticError(f"there is {value}")  # pandas's NaT
+                raise ValueError(f"{value} has no form in JSON")  # pandas's NaT
             return form(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     kind = getattr(getattr(value, "dtype", None), "kind", "")
     if kind == "M" and not hasattr(value, "to_list"):  # numpy's times, not pandas's
         if (value != value).any():
-            raise ArithmeticError("there is NaT")
+            raise ValueError("NaT has no form in JSON")
         return value.astype(str).tolist()
     for method in ("tolist", "item") if kind != "m" else ():  # of arrays and their scalars
         items = getattr(value, method, lambda: value)()
@@ -432,13 +430,10 @@ def encode(result):
     """Return a result as JSON, with arrays (of numpy, torch, pandas, …) as their `.tolist()`.
 
     Raises:
-        ArithmeticError: the result contains NaN or infinity.
+        ValueError: the result contains NaN or infinity, or text that is no Unicode.
         TypeError: something in it has no JSON form.
     """
-    try:
-        return ENCODER.encode(result).encode() + b"\n"
-    except (ValueError, ArithmeticError) as error:
-        raise ArithmeticError(f"{error}; NaN and infinity have no form in JSON") from None
+    return ENCODER.encode(result).encode() + b"\n"
 
 
 # Parameters
@@ -509,7 +504,7 @@ def convert_text(text, rules):
         return text
     try:
         value = DECODER.decode(text.lower())
-    except (ValueError, ArithmeticError, RecursionError):
+    except (ValueError, RecursionError):
         return text
     possible = {
         bool: {"boolean"},
@@ -631,6 +626,7 @@ class Parameters:
         self.example, self.check_quickly, self.defaults = example, None, {}
         try:
             self.schema = Validator(schema).schema
+            self.names = [*self.schema]
             validator = Validator(self.schema)
             if not validator.validate({}, update=True):
                 raise ValueError(f"it refuses its own default: {validator.errors}")
@@ -685,8 +681,12 @@ class Parameters:
                     document[name] = copy.deepcopy(default)
         with suppress(TypeError, ValueError, OverflowError):  # of a built-in
             if self.check_quickly and self.check_quickly(document):
-                return document
+                return self.in_order(document)
         return None
+
+    def in_order(self, document):
+        """Return a document in the order of the schema: rows of a table have equal columns."""
+        return {name: document[name] for name in self.names if name in document} | document
 
     def check(self, document):
         """Return the document as Cerberus normalizes it: with defaults, coerced, renamed.
@@ -711,7 +711,7 @@ class Parameters:
             raise Problem(422, "The parameters are not valid.", errors=validator.errors)
         if fault := fault_of(validator.document):  # coercion may have made it
             raise Problem(422, f"A parameter {fault}.", errors={})
-        return validator.document
+        return self.in_order(validator.document)
 
 
 #: What Python's types are called in Cerberus's schemas.
@@ -985,8 +985,9 @@ def raised(outcome):
 def batch_results(infer_batch, payloads):
     """Return the results of a batch as a list, one for each payload."""
     results = infer_batch([*payloads])
-    results = getattr(results, "to_numpy", lambda: results)()  # of pandas
-    outcomes = [] if isinstance(results, (Mapping, str, bytes)) else [*results]
+    outcomes = []
+    if isinstance(results, (list, tuple)) or hasattr(results, "tolist"):  # arrays
+        outcomes = [*results]
     if len(outcomes) != len(payloads):
         returned = f"infer_batch returned {type(results).__name__}"
         raise MestError(f"{returned}, not a list with a result for each of {len(payloads)}")
@@ -1059,14 +1060,10 @@ class Batcher:
                 thread.start()
                 self.busy_since.setdefault(thread, 0.0)
             self.unfinished += 1
-            self.count(1)
+            self.waiting += 1
+            if self.length:
+                self.length.inc()
         self.queue.put(job)
-
-    def count(self, change):
-        """Note that more or fewer jobs are waited for."""
-        self.waiting += change
-        if self.length:
-            self.length.inc(change)
 
     def leave(self, *jobs, finished=0):
         """Note that nobody waits for jobs any longer: those that have not begun are not done."""
@@ -1075,7 +1072,9 @@ class Batcher:
             for job in jobs:
                 if job.is_waited_for:
                     job.is_waited_for = False
-                    self.count(-1)
+                    self.waiting -= 1
+                    if self.length:
+                        self.length.dec()
 
     def busy_for(self):
         """Return for how many seconds the longest call has lasted by now."""
@@ -1416,7 +1415,8 @@ LENIENT = {
 
 def json_schema(rules):
     """Return a JSON Schema (2020-12) that refuses nothing which Cerberus accepts by its rules."""
-    rules, schema = resolved(rules), {}
+    rules = resolved(rules)
+    schema = {**resolved(rules.get("meta"))}
     name, *others = types_of(rules) or [None]
     if name in CHECKED and not others and not any(map(rules.get, LENIENT)):
         schema["type"] = CHECKED[name][2]
@@ -1433,9 +1433,6 @@ def json_schema(rules):
             schema["type"] = [schema["type"], "null"]
             if "enum" in schema:
                 schema["enum"] = [*schema["enum"], None]
-    match rules.get("meta"):
-        case {"description": text}:
-            schema["description"] = str(text)
     try:
         return json.loads(ENCODER.encode(schema))
     except (TypeError, ValueError):  # a limit or default that JSON cannot express
@@ -1527,8 +1524,12 @@ def docs_page():
 LARGE = 2**16
 #: bytes of a body, too long or not, that are read: most clients send all before they read
 MAX_READ = 2**26
-#: seconds that a client has to read a part of a stream
-MAX_PAUSE = 30
+
+
+def settle(future, outcome):
+    """Give a future its outcome, unless its task has been cancelled."""
+    if not future.done():
+        future.set_result(outcome)
 
 
 class Edge:
@@ -1546,9 +1547,6 @@ class Edge:
 
         #: for Flask, which may be slow, and for what is soon done
         self.flask, self.pool = (Batcher(work, self.config.threads) for _ in range(2))
-        #: futures and outcomes from threads, and whether the loop knows that there are some
-        self.outcomes: deque = deque()
-        self.is_woken = False
         #: by the tasks of requests, in time.monotonic(): one timer sweeps them all
         self.deadlines = {}
         self.sweep()
@@ -1687,22 +1685,11 @@ class Edge:
             raise
 
     def give(self, future, finish, outcome):
-        """Hand an outcome over from another thread, which wakes the loop once for several."""
-        if finish and not isinstance(outcome, BaseException):
+        """Hand an outcome over from another thread."""
+        if finish and not isinstance(outcome, Exception):
             outcome = outcome_of(finish, outcome)
-        self.outcomes.append((future, outcome))
-        if not self.is_woken:
-            self.is_woken = True
-            with suppress(RuntimeError):  # it is closed
-                self.loop.call_soon_threadsafe(self.deliver)
-
-    def deliver(self):
-        """Let those go on whose outcomes are there."""
-        self.is_woken = False
-        while self.outcomes:
-            future, outcome = self.outcomes.popleft()
-            if not future.done():
-                future.set_result(outcome)
+        with suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(settle, future, outcome)
 
     async def through_flask(self, scope, send, body):
         """Send Flask's answer, of which a thread makes one part after the other."""
@@ -1713,15 +1700,13 @@ class Edge:
             status, headers, is_whole, part = await self.outcome(self.flask, step)
             await start(send, status, headers)
             while not is_whole and part is not None:
-                async with asyncio.timeout(MAX_PAUSE):
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                await send({"type": "http.response.body", "body": part, "more_body": True})
                 part = await self.outcome(self.flask, step)
             await send({"type": "http.response.body", "body": part or b""})
         except Exception as error:
             if not status:
                 raise
-            if not isinstance(error, TimeoutError):
-                self.refusal(error)
+            self.refusal(error)
             raise asyncio.CancelledError from None  # ends the connection: the client shall know
         finally:
             if not is_whole:
@@ -2222,8 +2207,8 @@ def gunicorn_for(service, options):
             gc.freeze()  # or full collections stop the service, for 0.05 s with scikit-learn
             sys.setswitchinterval(0.0005)  # seconds that the model may hold up the loop
             routes = ", ".join(" ".join(route) for route in service.direct_routes())
-            text = "serves on %s; without Flask: %s"
-            service.logger.info(text, ", ".join(self.cfg.bind), routes or "nothing")
+            bind = ", ".join(self.cfg.bind)
+            service.logger.info("serves on %s; without Flask: %s", bind, routes or "nothing")
             return service if hasattr(self.cfg.worker_class, "finish") else service.app
 
     return Service()
@@ -2243,8 +2228,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MestError as error:
         print(report(error), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130  # as shells have it
 
 
 def command_line():
@@ -2345,7 +2328,7 @@ def run_test(args):
         failed = send_examples(service)
     pytest = need("pytest")
     sys.path.insert(0, os.getcwd())
-    status = int(pytest.main(args.options))
+    status = int(pytest.main([*args.options]))  # which adds options of its own
     has_no_tests = status == pytest.ExitCode.NO_TESTS_COLLECTED and not args.options
     return failed if has_no_tests else status or failed
 

@@ -578,9 +578,9 @@ def test_dates_are_sent_in_iso_8601_numbers_as_numbers_and_arrays_as_lists_of_th
     ("1j", "a complex"), ("numpy.complex128(1j)", "a complex"), ("numpy.array([1j])", "a complex"),
     ("object()", "a object"), ("b'raw'", "a bytes"), ("numpy.bytes_(b'raw')", "a bytes"),
     ("range(3)", "a range"), ("Point", "a type"), ("pandas.DataFrame({'a': [1]})", "a DataFrame"),
-    ("pandas.NA", "NAType"), ("numpy.array([1, numpy.nan])", "NaN"), ("Array([NAN])", "NaN"),
-    ("NAN", "NaN and infinity have no form"), ("float('-inf')", "NaN and infinity have no form"),
-    ("{NAN: 3}", "NaN"), ("Decimal('NaN')", "NaN"), ("pandas.NaT", "NaT"),
+    ("pandas.NA", "NAType"), ("numpy.array([1, numpy.nan])", "not JSON"), ("Array([NAN])", "not JSON"),
+    ("NAN", "not JSON compliant"), ("float('-inf')", "NaN and infinity have no form"),
+    ("{NAN: 3}", "not JSON"), ("Decimal('NaN')", "not JSON"), ("pandas.NaT", "NaT"),
     ("numpy.datetime64('NaT')", "NaT"), ("numpy.array(['2024', 'NaT'], 'M8[Y]')", "NaT"),
     ("pandas.to_datetime(['2024-01-02', None])", "NaT"), ("numpy.array([pandas.NaT])", "NaT"),
     ("numpy.timedelta64(1, 'ns')", "timedelta64"), ("numpy.array([1], 'm8[M]')", "a ndarray"),
@@ -591,7 +591,7 @@ def test_dates_are_sent_in_iso_8601_numbers_as_numbers_and_arrays_as_lists_of_th
 def test_what_json_cannot_express_is_an_error_and_never_a_wrong_value(source, reason):
     value = value_of(source)
     for result in (value, {"a": [value]}):
-        with pytest.raises((TypeError, ArithmeticError), match=reason):
+        with pytest.raises((TypeError, ValueError), match=reason):
             mest.encode(result)
 
 
@@ -816,6 +816,9 @@ def compare(parameters, validator, document):
     except Problem:
         checked = None
     expected = validator.document if is_valid else None
+    if is_valid:  # in the order of the schema
+        known = {name: expected[name] for name in validator.schema if name in expected}
+        expected = {**known, **expected}
     assert typed(checked) == typed(expected), (validator.schema, document)
     return is_valid
 
