@@ -53,6 +53,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -143,7 +144,7 @@ def as_problem(error):
     headers = dict(error.get_headers())
     del headers["Content-Type"]
     detail = error.description or error.name
-    return Problem(status, detail, headers=headers)
+    return Problem(status, detail, headers)
 
 
 def report(error):
@@ -322,8 +323,8 @@ def set_up_logging(config):
     logger = logging.getLogger(config.service_name)
     others = [h for h in logger.handlers if not isinstance(h.formatter, LogFormatter)]
     handler, formatter = logging.StreamHandler(sys.stdout), LogFormatter()
-    is_json = {"json": True, "text": False, "auto": not sys.stdout.isatty()}
-    formatter.is_json = is_json[config.log_format]
+    is_terminal = config.log_format == "auto" and sys.stdout.isatty()
+    formatter.is_json = config.log_format != "text" and not is_terminal
     handler.setFormatter(formatter)
     logger.handlers = [*others, handler]
     logger.propagate = False  # a line is written once, whatever else the process logs
@@ -625,9 +626,9 @@ class Parameters:
     def __init__(self, schema, example, owner):
         self.example, self.check_quickly, self.defaults = example, None, {}
         try:
-            self.schema = Validator(schema).schema
+            validator = Validator(schema)
+            self.schema = validator.schema
             self.names = [*self.schema]
-            validator = Validator(self.schema)
             if not validator.validate({}, update=True):
                 raise ValueError(f"it refuses its own default: {validator.errors}")
             with suppress(LookupError, TypeError, ValueError):  # Cerberus alone knows
@@ -1054,7 +1055,7 @@ class Batcher:
             if job.exchange and not job.exchange.ended.locked():  # a stream that began goes on
                 limit = job.exchange.service.config.max_queued_requests
                 if self.waiting >= max(limit, self.max_threads):
-                    raise Problem(503, "Too many requests wait.", headers={"Retry-After": "1"})
+                    raise Problem(503, "Too many requests wait.", {"Retry-After": "1"})
             if self.unfinished >= len(self.busy_since) < self.max_threads:
                 thread = threading.Thread(target=self.serve, daemon=True)
                 thread.start()
@@ -1237,7 +1238,7 @@ def admit(config, authorization, key):
             matches += hmac.compare_digest(known, given.strip().encode())
     if not matches:
         detail = "Send an API key, as Authorization: Bearer KEY or as X-API-Key: KEY."
-        raise Problem(401, detail, headers={"WWW-Authenticate": "Bearer"})
+        raise Problem(401, detail, {"WWW-Authenticate": "Bearer"})
 
 
 class Endpoint:
@@ -1326,7 +1327,7 @@ class Router:
         """
 
         def decorate(handler):
-            name = getattr(handler, "__name__", type(handler).__name__)
+            name = getattr(handler, "__name__", "handler")
             named = {"methods": [method], "endpoint": name, **options}
             self._add(url, Endpoint(handler), named)
             return handler
@@ -1390,7 +1391,7 @@ def routes_of(app):
     """Yield the rules by which an application can be asked, with their views."""
     for rule in app.url_map.iter_rules():
         view = app.view_functions.get(rule.endpoint)
-        if view and rule.methods and not rule.build_only:
+        if view and rule.methods:
             yield rule, view
 
 
@@ -1441,17 +1442,19 @@ def json_schema(rules):
 
 def fields_schema(fields):
     """Return a Cerberus schema, or the name of one, as the JSON Schema of an object."""
-    if isinstance(fields, str):
-        return {"type": "object"}
     properties, required = {}, []
-    for field, rules in fields.items():
+    for field, rules in resolved(fields).items():
         own = resolved(rules)
         if not own.get("readonly"):
             properties[field] = json_schema(rules)
         if own.get("required") and "default" not in own:
             required.append(field)
-    schema = {"type": "object", "properties": properties, "required": required}
-    return {**schema, "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": isinstance(fields, str),
+    }
 
 
 def openapi(mest_app, path):
@@ -1489,7 +1492,7 @@ def operation(rule, view, method):
         "tags": [rule.endpoint.rpartition(".")[0] or "application"],
         "summary": inspect.getdoc(view) or "",
         "parameters": listed,
-        "responses": {"200": {"description": "OK"}, "default": {"description": "An error."}},
+        "responses": {"200": {"description": "OK"}},
         "security": [],
     }
     if method not in BODY_METHODS:
@@ -1526,12 +1529,6 @@ LARGE = 2**16
 MAX_READ = 2**26
 
 
-def settle(future, outcome):
-    """Give a future its outcome, unless its task has been cancelled."""
-    if not future.done():
-        future.set_result(outcome)
-
-
 class Edge:
     """The ASGI application of a Mest in one event loop, which waits for clients instead of threads.
 
@@ -1547,6 +1544,9 @@ class Edge:
 
         #: for Flask, which may be slow, and for what is soon done
         self.flask, self.pool = (Batcher(work, self.config.threads) for _ in range(2))
+        #: futures and outcomes from threads, and whether the loop knows that there are some
+        self.outcomes: deque = deque()
+        self.is_woken = False
         #: by the tasks of requests, in time.monotonic(): one timer sweeps them all
         self.deadlines = {}
         self.sweep()
@@ -1603,7 +1603,7 @@ class Edge:
         try:
             response = problem.get_response({})
             headers = response.get_wsgi_headers({})
-            "".join(itertools.chain(*headers)).encode("latin-1")
+            str(headers).encode("latin-1")
         except ValueError as fault:  # a Problem with a header that HTTP cannot express
             return self.refusal(RuntimeError(f"{problem!r} cannot be sent: {fault}"))
         return response.status_code, headers, response.get_data()
@@ -1685,11 +1685,22 @@ class Edge:
             raise
 
     def give(self, future, finish, outcome):
-        """Hand an outcome over from another thread."""
+        """Hand an outcome over from another thread, which wakes the loop once for several."""
         if finish and not isinstance(outcome, Exception):
             outcome = outcome_of(finish, outcome)
-        with suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(settle, future, outcome)
+        self.outcomes.append((future, outcome))
+        if not self.is_woken:
+            self.is_woken = True
+            with suppress(RuntimeError):  # it is closed
+                self.loop.call_soon_threadsafe(self.deliver)
+
+    def deliver(self):
+        """Let those go on whose outcomes are there."""
+        self.is_woken = False
+        while self.outcomes:
+            future, outcome = self.outcomes.popleft()
+            if not future.done():
+                future.set_result(outcome)
 
     async def through_flask(self, scope, send, body):
         """Send Flask's answer, of which a thread makes one part after the other."""
@@ -1733,8 +1744,8 @@ def run_alone(lock, context, function, *args):
 
 def flask_parts(app, environ):
     """Yield status, headers, whether that is all, and first part of an answer, then its parts."""
-    response: Any = run_wsgi_app(app, environ)
-    chunks, status, headers = response
+    chunks: Any
+    chunks, status, headers = run_wsgi_app(app, environ)
     head = int(status[:3]), headers.to_wsgi_list()
     try:
         part = next(chunks, None)
@@ -1928,8 +1939,8 @@ class Mest:
         It answers 503 if a model has been busy with one call for longer than liveness_timeout.
         """
         limit = self.config.liveness_timeout
-        for model in self.models if limit else ():
-            if isinstance(model, GenericModel) and model._batcher.busy_for() > limit:
+        for model in self.models:
+            if isinstance(model, GenericModel) and model._batcher.busy_for() > limit > 0:
                 raise Problem(503, f"{type(model).__name__} is in one call for over {limit} s.")
         return {"status": "alive"}
 
@@ -2023,7 +2034,6 @@ class Mest:
     async def __call__(self, scope, receive, send):
         """Serve as an ASGI application, of gunicorn's own worker, uvicorn and others."""
         if scope["type"] != "http":  # WebSockets are refused
-            await receive()
             await send({"type": "websocket.close"})
             return
         loop = asyncio.get_running_loop()
@@ -2074,7 +2084,7 @@ def file_limit(cfg):
     import resource
 
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with suppress(ValueError, OSError):
+    with suppress(ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     spare = most - 200 if most > 0 else sys.maxsize  # 200 for the model; -1 is infinity
     return max(1, min(cfg.worker_connections, spare))
@@ -2208,7 +2218,7 @@ def gunicorn_for(service, options):
             sys.setswitchinterval(0.0005)  # seconds that the model may hold up the loop
             routes = ", ".join(" ".join(route) for route in service.direct_routes())
             bind = ", ".join(self.cfg.bind)
-            service.logger.info("serves on %s; without Flask: %s", bind, routes or "nothing")
+            service.logger.info("serves on %s; without Flask: %s", bind, routes)
             return service if hasattr(self.cfg.worker_class, "finish") else service.app
 
     return Service()
