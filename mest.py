@@ -62,7 +62,7 @@ from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
 from enum import Enum
-from functools import cache, cached_property, lru_cache, partial, wraps
+from functools import cache, cached_property, partial, wraps
 from http import HTTPMethod
 from io import BytesIO
 from pathlib import Path, PurePath
@@ -460,7 +460,6 @@ class Received(NamedTuple):
     form: dict[str, list] | None = None
 
 
-@lru_cache(64)
 def media_type_of(content_type):
     """Return the media type in a Content-Type, such as text/csv."""
     return content_type.partition(";")[0].strip().lower()
@@ -596,7 +595,7 @@ LIMITS = {
     "min": lambda least: partial(operator.le, least),
     "max": lambda most: partial(operator.ge, most),
 }
-REGEX = {"regex": lambda pattern: re.compile(pattern.removesuffix("$") + "$").match}
+REGEX = {"regex": lambda pattern: re.compile(pattern + "$").match}
 #: Cerberus's types: what Python calls them, the rules for which there is a check, and what JSON
 #: Schema calls them.
 CHECKED: dict = {
@@ -649,7 +648,7 @@ class Parameters:
 
     def read(self, received):
         """Return the checked parameters of a request, and the variables of its path."""
-        return received.variables | self.check(self.document(received))
+        return self.check(self.document(received)) | received.variables
 
     def document(self, received):
         """Return what is to be checked: query or form, over that JSON, over that the path."""
@@ -675,11 +674,9 @@ class Parameters:
 
     def quick(self, document):
         """Return the document with its defaults, or None if only Cerberus can tell."""
-        if self.defaults.keys() - document:
-            document = dict(document)
-            for name, default in self.defaults.items():
-                if name not in document:
-                    document[name] = copy.deepcopy(default)
+        if missing := self.defaults.keys() - document:
+            own = {name: self.defaults[name] for name in missing}
+            document = document | copy.deepcopy(own)
         with suppress(TypeError, ValueError, OverflowError):  # of a built-in
             if self.check_quickly and self.check_quickly(document):
                 return self.in_order(document)
@@ -926,7 +923,7 @@ class GenericModel:
         return [pass_on(payload, self.infer) for payload in payloads]
 
     def post_process(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the answer, given what `infer` returned; by default just that."""
+        """Return the answer, given what `infer` returned; a model without one answers that."""
 
     def predict(self, **params: Any) -> Any:
         """Return the answer for the parameters of a request.
@@ -1150,7 +1147,7 @@ def validate_params(schema: dict, example: dict | None = None) -> Callable[[Call
                 return handler(*args, **variables)
             return settled(handler(**parameters.read(received_by_flask(variables))))
 
-        vars(validated).update(parameters=parameters, checked=handler)
+        vars(validated).update(parameters=parameters, outermost=validated)
         return validated
 
     return decorate
@@ -1216,7 +1213,7 @@ def to_response(result):
         body = flask.Response(body, content_type="text/plain; charset=utf-8")
     elif not isinstance(body, (bytes, bytearray, Iterator)) and not callable(body):
         body = flask.Response(encode(body), content_type="application/json")
-    return current_app.make_response((body, *rest)) if rest else body
+    return (body, *rest) if rest else body
 
 
 def encode_prediction(result):
@@ -1288,8 +1285,8 @@ class Endpoint:
             raise MestError(f"{name_of(function)} is an async generator; write def, and yield")
         if self.model is not None:
             function, schema = first_stage(self.model), self.parameters.schema
-        elif getattr(function, "checked", None) is getattr(function, "__wrapped__", self):
-            function, schema = function.checked, self.parameters.schema
+        elif getattr(function, "outermost", None) is function:  # nothing decorates it further
+            function, schema = function.__wrapped__, self.parameters.schema  # type: ignore
         if function:
             check_arguments(function, schema, *given)
 
@@ -1547,7 +1544,7 @@ class Edge:
         #: futures and outcomes from threads, and whether the loop knows that there are some
         self.outcomes: deque = deque()
         self.is_woken = False
-        #: by the tasks of requests, in time.monotonic(): one timer sweeps them all
+        #: by the tasks of requests, in time.monotonic(); those that the sweep cancelled are missing
         self.deadlines = {}
         self.sweep()
 
@@ -1708,8 +1705,9 @@ class Edge:
         run = partial(run_alone, threading.Lock(), copy_context())
         step, status, is_whole = partial(run, next, parts, None), 0, False
         try:
-            status, headers, is_whole, part = await self.outcome(self.flask, step)
-            await start(send, status, headers)
+            code, headers, is_whole, part = await self.outcome(self.flask, step)
+            await start(send, code, headers)
+            status = code
             while not is_whole and part is not None:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
                 part = await self.outcome(self.flask, step)
@@ -1744,11 +1742,10 @@ def run_alone(lock, context, function, *args):
 
 def flask_parts(app, environ):
     """Yield status, headers, whether that is all, and first part of an answer, then its parts."""
-    chunks: Any
     chunks, status, headers = run_wsgi_app(app, environ)
     head = int(status[:3]), headers.to_wsgi_list()
     try:
-        part = next(chunks, None)
+        part = next(chunks, None)  # type: ignore
         is_whole = part is None or headers.get("Content-Length") == str(len(part))
         if not is_whole:
             yield *head, False, part
@@ -1761,7 +1758,10 @@ def flask_parts(app, environ):
 
 def environ_of(scope, body):
     """Return a request as WSGI has it (PEP 3333), with the bytes of the path as they were sent."""
-    path = unquote_to_bytes(scope.get("raw_path") or scope["path"])
+    path = unquote_to_bytes(scope.get("raw_path") or scope["path"]).decode("latin-1")
+    prefix = scope.get("root_path", "")
+    if f"{path}/".startswith(f"{prefix}/"):  # which servers may leave there
+        path = path.removeprefix(prefix)
 
     def read(*args):
         raise body
@@ -1773,8 +1773,8 @@ def environ_of(scope, body):
     host, port = scope.get("server") or ("localhost", None)
     environ = {
         "REQUEST_METHOD": scope["method"],
-        "SCRIPT_NAME": scope.get("root_path", ""),
-        "PATH_INFO": path.decode("latin-1"),
+        "SCRIPT_NAME": prefix,
+        "PATH_INFO": path,
         "QUERY_STRING": scope["query_string"].decode("latin-1"),
         "SERVER_NAME": host,
         "SERVER_PORT": str(port or 80),  # none is on a Unix socket
@@ -1940,7 +1940,8 @@ class Mest:
         """
         limit = self.config.liveness_timeout
         for model in self.models:
-            if isinstance(model, GenericModel) and model._batcher.busy_for() > limit > 0:
+            is_used = isinstance(model, GenericModel) and id(model) in self._loaded
+            if is_used and model._batcher.busy_for() > limit > 0:
                 raise Problem(503, f"{type(model).__name__} is in one call for over {limit} s.")
         return {"status": "alive"}
 
@@ -1989,7 +1990,9 @@ class Mest:
         self.load_models()
         for rule, view in routes_of(self.app):
             parameters: Any = getattr(view, "parameters", None)
-            if getattr(view, "model", None) is None or parameters.example is None:
+            if rule.arguments or getattr(view, "model", None) is None:
+                continue  # the example says nothing about the path
+            if parameters.example is None:
                 continue
             try:
                 in_fresh_thread(view.predict, parameters.check(copy.deepcopy(parameters.example)))
@@ -2219,7 +2222,8 @@ def gunicorn_for(service, options):
             routes = ", ".join(" ".join(route) for route in service.direct_routes())
             bind = ", ".join(self.cfg.bind)
             service.logger.info("serves on %s; without Flask: %s", bind, routes)
-            return service if hasattr(self.cfg.worker_class, "finish") else service.app
+            is_asgi = hasattr(self.cfg.worker_class, "finish")  # ours; any other speaks WSGI
+            return service if is_asgi else service.app
 
     return Service()
 
@@ -2378,7 +2382,7 @@ def load_app(args):
     """Import the application that --app or MEST_APP names, and return its Mest and its module.
 
     Raises:
-        MestError: it does not exist, cannot be imported, or has no Mest or several.
+        MestError: it does not exist, cannot be imported, or has no Mest.
     """
     target = args.app or os.environ.get("MEST_APP") or "app.py"
     path, _, name = target.partition(":")

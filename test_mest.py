@@ -1759,6 +1759,13 @@ def test_flask_gets_the_request_as_it_was_sent_and_the_prefix_that_a_proxy_has_t
         len(UPLOAD), "/\xff /it", "/i", "/it",
     ]
     assert over_asgi(serving(), root_path="/i").body == b'{"y":6}\n'
+    assert over_asgi(serving(), "/i/predict", root_path="/i").body == b'{"y":6}\n'
+    assert over_asgi(serving(), "/predict", root_path="/pre").body == b'{"y":6}\n'
+
+
+def test_an_answer_of_a_handler_with_a_header_that_cannot_be_sent_is_a_500():
+    mest_app = serving(handler=lambda: ("a", {"X-A": "\u4e2d"}))
+    assert over_asgi(mest_app, "/it", **GET).status == 500
 
 
 @pytest.mark.parametrize("failure", [None, KeyError("hunter2")])
@@ -1829,6 +1836,17 @@ class Loading(GenericModel):
         self.loaded.append((directory_path, threading.current_thread().name == "MainThread"))
 
 
+def test_the_warm_up_runs_examples_but_those_that_say_nothing_about_the_path(router):
+    model, routed = Squares(), Squares()
+    routed.infer = lambda x, user: 1 / 0
+    router.add_predict_route(model, X, example={"x": 3})
+    router.add_predict_route(routed, X, "/u/<user>", example={"x": 3})
+    mest_app = make()
+    mest_app.register_router("/", router)
+    mest_app.warm_up()
+    assert model.batches == [[3]]
+
+
 def test_readiness_is_that_every_model_is_loaded():
     mest_app = make(models=[Loading()])
     client = mest_app.app.test_client()
@@ -1841,7 +1859,8 @@ def test_readiness_is_that_every_model_is_loaded():
 def test_liveness_is_that_no_model_is_in_one_call_for_too_long(limit, status):
     model = Loading()
     model._batcher.busy_since[threading.current_thread()] = time.monotonic() - 1000
-    client = make(models=[model], liveness_timeout=limit).app.test_client()
+    mest_app = make(models=[model], liveness_timeout=limit).setup()
+    client = mest_app.app.test_client()
     assert client.get("/livez").status_code == status
 
 
