@@ -83,28 +83,17 @@ def client_of(router, url="/", **fields):
     return mest_app.app.test_client()
 
 
-@pytest.fixture
-def route():
-    """A function that serves a handler in a service of its own and returns how to ask it."""
-
-    def declare(handler, **options):
-        router = Router("v1")
-        options = {"methods": ["GET", "POST"], "endpoint": "it", **options}
-        router.route("it", **options)(handler)
-        client = client_of(router)
-        return lambda query="", method="POST", **sent: client.open(
-            "/it" + query, method=method, **sent
-        )
-
-    return declare
+def route(handler):
+    """Serve a handler in a service of its own, and return how to ask it."""
+    router = Router("v1")
+    router.route("it", methods=["GET", "POST"], endpoint="it")(handler)
+    client = client_of(router)
+    return lambda query="", method="POST", **sent: client.open("/it" + query, method=method, **sent)
 
 
-@pytest.fixture
-def ask(route):
+def ask(schema):
     """The same for a handler that returns its checked parameters."""
-    return lambda schema, **options: route(
-        validate_params(schema)(lambda **params: params), **options
-    )
+    return route(validate_params(schema)(lambda **params: params))
 
 
 def wait_until(condition, about="it did not come true in time"):
@@ -158,13 +147,10 @@ class Project:
             env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
         )
-        server = Server(process)
-        try:
+        with contextlib.closing(Server(process)) as server:
             match = server.wait_for(listens)
             server.port = int(match[1]) if match.groups() else None
             yield server
-        finally:
-            server.kill()
 
 
 @pytest.fixture
@@ -201,14 +187,12 @@ class Server:
     def ask(self, path, body=None, method=None, headers=None):
         """Return status, body and headers of the answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        try:
+        with contextlib.closing(connection):
             body = json.dumps(body).encode() if isinstance(body, dict) else body
             method = method or ("GET" if body is None else "POST")
             connection.request(method, path, body, JSON if headers is None else headers)
             response = connection.getresponse()
             return response.status, response.read(), response.headers
-        finally:
-            connection.close()
 
     def send(self, text):
         """Send bytes as they are, and return all that comes back."""
@@ -220,7 +204,7 @@ class Server:
                     received += part
             return received
 
-    def kill(self):
+    def close(self):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(PATIENCE)
@@ -309,7 +293,7 @@ NAN = float("nan")
 # Errors
 
 
-def test_an_error_is_a_problem_details_object_with_the_id_of_its_request(ask):
+def test_an_error_is_a_problem_details_object_with_the_id_of_its_request():
     response = ask(X)(json={}, headers={"X-Request-Id": "abc-1"})
     assert (response.status_code, response.mimetype) == (422, "application/problem+json")
     title = response.json["title"]
@@ -320,7 +304,7 @@ def test_an_error_is_a_problem_details_object_with_the_id_of_its_request(ask):
     }
 
 
-def test_a_handler_may_raise_a_problem_with_headers_and_members_of_its_own(route):
+def test_a_handler_may_raise_a_problem_with_headers_and_members_of_its_own():
     def handler():
         raise Problem(http.HTTPStatus.CONFLICT, "No.", headers={"Retry-After": "3"}, left={1})
 
@@ -332,7 +316,7 @@ def test_a_handler_may_raise_a_problem_with_headers_and_members_of_its_own(route
 
 
 @pytest.mark.parametrize("error", [KeyError("hunter2"), SystemExit("hunter2")])
-def test_an_exception_is_an_opaque_500_that_the_log_and_flasks_signal_explain(route, error, capsys):
+def test_an_exception_is_an_opaque_500_that_the_log_and_flasks_signal_explain(error, capsys):
     def handler():
         raise error
 
@@ -431,7 +415,7 @@ def test_what_is_given_as_extra_is_a_member_of_the_json_line(capsys, extra, memb
     assert line == {"level": "INFO", "logger": logger.name, "message": "hi", **members}
 
 
-def test_a_log_line_is_a_json_object_with_the_id_of_its_request_and_the_traceback(route, capsys):
+def test_a_log_line_is_a_json_object_with_the_id_of_its_request_and_the_traceback(capsys):
     def handler():
         extra = {"request_id": "mine", "traceback": "mine"}
         error = ValueError("its own")
@@ -482,7 +466,7 @@ ANY = {"x": {"nullable": True}, "n": {"type": "list"}, "i": {"type": "list", "sc
         b"\xff\xfe", *map(BODY.decode().encode, ["utf-16", "utf-16-le", "utf-32"]),
     ]),
 ])
-def test_a_request_is_decoded_strictly(ask, body, detail):
+def test_a_request_is_decoded_strictly(body, detail):
     response = ask({**ANY, "e": EITHER})(data=body, headers=JSON)
     assert response.status_code == 400
     assert detail in response.json["detail"]
@@ -494,7 +478,7 @@ def test_a_request_is_decoded_strictly(ask, body, detail):
     (b'{"x": ' + b"[" * 99 + b"]" * 99 + b"}", functools.reduce(lambda v, _: [v], range(98), [])),
     (BOM + BODY, 3), (BOM + b"\n " + BODY, 3),
 ])
-def test_all_other_json_is_taken_if_it_is_an_object(ask, body, x):
+def test_all_other_json_is_taken_if_it_is_an_object(body, x):
     assert ask(ANY)(data=body, headers=JSON).json == {"x": x}
     for wrong in (b"null", b'[{"x": 1}]', b'"x"', b"5", b"true", BOM + b"[]"):
         response = ask(ANY)(data=wrong, headers=JSON)
@@ -508,7 +492,7 @@ def test_all_other_json_is_taken_if_it_is_an_object(ask, body, x):
     (False, "false\n", "application/json"), (None, "null\n", "application/json"),
     *((text, text, "text/plain; charset=utf-8") for text in ["5", "<b>hi</b>", "", '{"a": 1}']),
 ])
-def test_data_is_answered_as_json_and_text_as_text(result, text, kind, route):
+def test_data_is_answered_as_json_and_text_as_text(result, text, kind):
     response = route(lambda: result)()
     assert (response.status_code, response.text, response.content_type) == (200, text, kind)
 
@@ -639,7 +623,7 @@ QUERY = {
         "n=1_0", "n=null", "z=1",
     ]),
 ])
-def test_parameters_come_from_the_query(ask, query, params):
+def test_parameters_come_from_the_query(query, params):
     for method in ("GET", "POST"):
         response = ask(QUERY)(f"?{query}", method, headers=JSON if method == "GET" else {})
         answer = params if isinstance(params, dict) else [params]
@@ -701,7 +685,7 @@ class Words:
     ({"type": "list", "forbidden": ["a"]}, [{}], 422), ({"allowed": {"a"}}, [{}], 422),
     ({"type": "list", "contains": ["a"]}, [{}], 422), ({"allowed": [1, "x"]}, "x", "x"),
 ])
-def test_the_handler_receives_what_cerberus_makes_of_the_parameters(ask, rules, sent, answer):
+def test_the_handler_receives_what_cerberus_makes_of_the_parameters(rules, sent, answer):
     response = ask({"a": rules})(json={} if sent is ... else {"a": sent})
     if answer in (422, 500):
         assert (response.status_code, response.json["status"]) == (answer, answer)
@@ -720,7 +704,7 @@ NESTED = {
     {"a": [{"b": 1}, {}, {"b": "x", "e": 1}], "c": 9, "d": "y", "f": 1}, {"v": [1] * 901},
     {"v": [1.5] * 800 + ["x"] + [2] * 50 + [None], "a": [{"b": 1}] * 300 + [{}]},
 ])
-def test_errors_are_those_of_cerberus(ask, document):
+def test_errors_are_those_of_cerberus(document):
     validator = cerberus.Validator(copy.deepcopy(NESTED))
     assert not validator.validate(document)
     assert ask(NESTED)(json=document).json["errors"] == json.loads(json.dumps(validator.errors))
@@ -1488,12 +1472,9 @@ class Browser(Server):
 def browser(tmp_path_factory):
     if not shutil.which("chromium") or not shutil.which("chromedriver"):
         pytest.skip("needs chromium and chromedriver")
-    browser = Browser()
-    try:
+    with contextlib.closing(Browser()) as browser:
         browser.start(tmp_path_factory.mktemp("browser"))
         yield browser
-    finally:
-        browser.kill()
 
 
 PAGE_APP = APP + """
