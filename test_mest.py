@@ -44,6 +44,9 @@ HERE = Path(__file__).resolve().parent
 JSON = {"Content-Type": "application/json"}
 LISTENS = r"(?:Running on|serves on) (?:http://)?[^\s:]+:(\d+)\b"
 PATIENCE = 30  # seconds, for whatever is waited for
+FORM, NAN = "application/x-www-form-urlencoded", float("nan")
+SURE, N, F = {"required": True}, {"type": "integer"}, {"type": "float"}
+X = {"x": {**F, **SURE}}
 
 
 # Fixtures
@@ -55,9 +58,6 @@ class Doubler(GenericModel):
 
     def infer(self, x):
         return {"y": self.model * x}
-
-
-X = {"x": {"type": "float", "required": True}}
 
 
 def make(app=None, models=(), **fields):
@@ -104,9 +104,11 @@ def wait_until(condition, about="it did not come true in time"):
     return found
 
 
-def log_of(capsys):
-    lines = capsys.readouterr().out.splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")]
+def log_of(source, having=""):
+    """What a server or this process has logged, of the lines of JSON that have this in them."""
+    text = source.output if isinstance(source, Server) else source.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in lines if having in line]
 
 
 def environment(**more):
@@ -238,8 +240,6 @@ def fail():
     secret = "hunter2"
     raise KeyError(secret)
 """
-
-
 ASGI_SCOPE = {
     "type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "root_path": "",
     "path": "/predict", "query_string": b"", "client": ("1.2.3.4", 5), "server": ("127.0.0.1", 80),
@@ -282,11 +282,6 @@ def over_asgi(
     named = {name.decode(): value.decode("latin-1") for name, value in start["headers"]}
     body = b"".join(message["body"] for message in rest)
     return types.SimpleNamespace(status=start["status"], headers=named, body=body, sent=rest)
-
-
-FORM = "application/x-www-form-urlencoded"
-SURE, N, F = {"required": True}, {"type": "integer"}, {"type": "float"}
-NAN = float("nan")
 
 
 # Errors
@@ -371,9 +366,7 @@ def test_every_setting_can_be_set_by_the_environment(field, monkeypatch):
     ("api_key", 5, "api_key is"), ("models_instances", [Doubler], "models_instances has <class"),
     ("models_instances", [Doubler(), 5], "models_instances has 5; it must be an instance of"),
 ])
-def test_a_wrong_value_is_refused_with_its_field_and_what_is_allowed(
-    name, value, message, monkeypatch
-):
+def test_a_wrong_value_is_refused_with_what_is_allowed(name, value, message, monkeypatch):
     fields = {"service_name": "a"}
     if name.startswith("MEST_"):
         monkeypatch.setenv(name, value)
@@ -572,11 +565,10 @@ def test_dates_are_sent_in_iso_8601_numbers_as_numbers_and_arrays_as_lists_of_th
     ("1j", "a complex"), ("numpy.complex128(1j)", "a complex"), ("numpy.array([1j])", "a complex"),
     ("object()", "a object"), ("b'raw'", "a bytes"), ("numpy.bytes_(b'raw')", "a bytes"),
     ("range(3)", "a range"), ("Point", "a type"), ("pandas.DataFrame({'a': [1]})", "a DataFrame"),
-    ("pandas.NA", "NAType"), ("numpy.array([1, numpy.nan])", "not JSON"),
-    ("Array([NAN])", "not JSON"),
-    ("NAN", "not JSON compliant"), ("float('-inf')", "not JSON compliant"),
-    ("{NAN: 3}", "not JSON"), ("Decimal('NaN')", "NaN"), ("pandas.NaT", "NaT"),
-    ("numpy.datetime64('NaT')", "NaT"), ("numpy.array(['2024', 'NaT'], 'M8[Y]')", "NaT"),
+    ("pandas.NA", "NAType"), ("numpy.array([1, numpy.nan])", "not JSON"), ("{NAN: 3}", "not JSON"),
+    ("NAN", "not JSON compliant"), ("float('-inf')", "not JSON"), ("Array([NAN])", "not JSON"),
+    ("Decimal('NaN')", "NaN"), ("pandas.NaT", "NaT"), ("numpy.datetime64('NaT')", "NaT"),
+    ("numpy.array(['2024', 'NaT'], 'M8[Y]')", "NaT"),
     ("pandas.to_datetime(['2024-01-02', None])", "NaT"), ("numpy.array([pandas.NaT])", "NaT"),
     ("numpy.timedelta64(1, 'ns')", "timedelta64"), ("numpy.array([1], 'm8[M]')", "a ndarray"),
     ("numpy.clongdouble(1j)", "a clongdouble"), ("numpy.array([1j], 'G')", "a clongdouble"),
@@ -607,8 +599,7 @@ def test_the_body_wins_over_the_query_and_the_path_over_both(router):
 
 QUERY = {
     "n": N, "f": F, "b": {"type": "boolean"}, "s": {"type": "string"}, "any": {},
-    "v": {"type": "list", "schema": F},
-    "either": {"type": ["boolean", "number"]},
+    "v": {"type": "list", "schema": F}, "either": {"type": ["boolean", "number"]},
 }
 
 
@@ -651,9 +642,8 @@ def test_a_body_that_cannot_be_taken_is_refused_with_what_to_send(router, sent, 
 
 
 @pytest.mark.parametrize("schema, reason", [
-    ({"a": 5}, "not iterable"),
+    ({"a": 5}, "not iterable"), ({"a": {"type": "flaot"}}, "Unsupported types: flaot"),
     ({"a": {"tpye": "float"}}, "unknown rule"), ({"a": "nosuch"}, "must be of dict type"),
-    ({"a": {"type": "flaot"}}, "Unsupported types: flaot"),
     ({"a": {"type": "string", "regex": "("}}, "unterminated"),
     ({"a": {"type": "list", "schema": {"type": "string", "regex": "("}}}, "unterminated"),
     ({"a": {**F, "default": "x"}}, "refuses its own default: {'a': ['must be of float type']}"),
@@ -850,8 +840,7 @@ HUGE = 10**400
     ({"n": {"coerce": int}, "a": {"type": "dict", "require_all": True, "schema": {"l": ROWS}}},
      {"n": "1", "a": {"l": [{}]}}),
     ({"a": {"type": "dict", "allow_unknown": True, "schema": {"l": ROWS}}},
-     {"a": {"l": [{"z": 1}]}}),
-    ({"l": {**ROWS, "allow_unknown": True}}, {"l": [{"z": 1}]}),
+     {"a": {"l": [{"z": 1}]}}), ({"l": {**ROWS, "allow_unknown": True}}, {"l": [{"z": 1}]}),
     ({name: {**N, "default": 1} for name in "cdab"}, {}),
     ({"x": {"type": "list", "schema": {**N, "default": 5}}}, {"x": [1, None]}),
     ({"x": {"type": "list", "schema": ROW}}, {"x": [{}, {"a": None}, {"a": 2}]}),
@@ -1215,9 +1204,14 @@ def test_a_predict_route_answers_with_the_model(router):
     assert client.post("/power/0", json={"x": 2}).data == b"\xff"
 
 
-def test_a_model_that_is_not_loaded_is_a_500_and_the_log_says_what_to_call(capsys):
-    assert over_asgi(serving(Doubler())).status == 500
+def test_a_model_that_is_not_loaded_is_a_500_that_the_log_explains_and_not_ready(capsys):
+    mest_app = serving(Doubler())
+    client = mest_app.app.test_client()
+    assert over_asgi(mest_app).status == 500
     assert "is not loaded; call mest_app.setup()" in log_of(capsys)[-1]["message"]
+    assert client.get("/readyz").json["detail"] == "The model Doubler is not loaded."
+    mest_app.load_models()
+    assert client.get("/readyz").json == {"status": "ready"}
 
 
 def test_ping_names_the_service_and_says_with_the_closed_connection_when_it_is_shutting_down():
@@ -1528,7 +1522,7 @@ class Answering(GenericModel):
         return outcome
 
 
-AS_FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+AS_FORM = {"Content-Type": FORM}
 BODIES = [
     b'{"x": "a"}', b"{", b"", b"[]", b'{"x": NaN}', b'{"x": 1e999}', b"{" + b" " * 2000 + b"}",
     b'{"x": 1, "y": 2}', b'{"n": ' + b"[" * 900, b" " * 900, b"\xef\xbb\xbf{}", b'{"z": "\xff"}',
@@ -1796,14 +1790,6 @@ def test_the_warm_up_runs_examples_but_those_that_say_nothing_about_the_path(rou
     assert model.batches == [[3]]
 
 
-def test_readiness_is_that_every_model_is_loaded():
-    mest_app = make(models=[Loading()])
-    client = mest_app.app.test_client()
-    assert client.get("/readyz").json["detail"] == "The model Loading is not loaded."
-    mest_app.load_models()
-    assert client.get("/readyz").json == {"status": "ready"}
-
-
 @pytest.mark.parametrize("limit, status", [(0, 200), (5, 503), (7000, 200)])
 def test_liveness_is_that_no_model_is_in_one_call_for_too_long(limit, status):
     model = Loading()
@@ -1870,12 +1856,6 @@ def test_a_copy_works_in_a_project_and_in_a_package_of_it(project, command, targ
 # Serving
 
 
-def lines_of(server, having=""):
-    """The objects of JSON that a server has logged and whose text has this in it."""
-    lines = [line for line in server.output.splitlines() if line.startswith("{")]
-    return [json.loads(line) for line in lines if having in line]
-
-
 @pytest.mark.parametrize("server", ["dev", "gunicorn", "gunicorn -- -k gthread --threads 4"])
 def test_a_server_loads_the_model_once_predicts_and_logs_failures_as_json(project, server):
     project.write(app=APP)
@@ -1889,7 +1869,7 @@ def test_a_server_loads_the_model_once_predicts_and_logs_failures_as_json(projec
         assert status == 500
         assert b"hunter2" not in body
         running.wait_for(headers["X-Request-Id"] + ".*\n")
-        (line,) = lines_of(running, headers["X-Request-Id"])
+        (line,) = log_of(running, headers["X-Request-Id"])
         assert "KeyError: 'hunter2'" in line["traceback"]
 
 
@@ -1946,15 +1926,18 @@ def command(project, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("before, after, options, message", [
-    ("self.model = 2", "exit(0)", ["--workers", "2"], "could not be loaded: SystemExit"),
-    ("return {", "x / 0; return {", [], "fails for the example of /predict: ZeroDivision"),
+    ("self.model = 2", "exit(0)", ["--workers", "2"], "model .* could not be loaded: SystemExit"),
+    ("self.model = 2", "1 / 0", ["--preload"], "model .* could not be loaded: ZeroDivisionError"),
+    ("return {", "x / 0; return {", [], "model Doubler fails for the example of /predict: ZeroDiv"),
+    ("from mest", "import torch\nfrom mest", ["--preload"], "CUDA does not survive the fork"),
 ])
-def test_a_model_that_fails_at_the_start_ends_gunicorn(project, before, after, options, message):
-    project.write(app=APP.replace(before, after))
+def test_gunicorn_ends_if_a_model_fails_or_uses_cuda(project, before, after, options, message):
+    cuda = "class cuda:\n    is_initialized = staticmethod(lambda: True)\n"
+    project.write(torch=cuda, app=APP.replace(before, after, 1))
     done = project.mest("run", "gunicorn", "--port", "0", *options)
-    assert done.returncode in (1, 4)  # 4 is gunicorn's own
-    assert re.search(f"^mest: model Doubler {message}", done.stderr, re.MULTILINE)
-    assert after in done.stderr
+    assert done.returncode in ([1] if "--preload" in options else [1, 4])  # 4 is gunicorn's own
+    assert re.search(f"^mest: {message}", done.stderr, re.MULTILINE)
+    assert after in done.stderr or "CUDA" in message
     assert "AppImportError" not in done.stderr
 
 
@@ -2030,6 +2013,7 @@ def pid_of(server):
 
 
 POOL = ThreadPoolExecutor(32)
+ANSWERED = 'mest_requests_total{.*route="/predict",status="200"}'
 
 
 @contextlib.contextmanager
@@ -2056,11 +2040,8 @@ def load(choose, clients=4):
         wait(asking, PATIENCE)
 
 
-ANSWERED = 'mest_requests_total{.*route="/predict",status="200"}'
-
-
 def test_each_worker_runs_the_example_once_and_says_in_one_line_what_it_serves(pair):
-    first, second = (line["message"] for line in lines_of(pair, "serves on"))
+    first, second = (line["message"] for line in log_of(pair, "serves on"))
     assert first == second
     where, routes = first.split("; without Flask: ")
     assert where == f"serves on 127.0.0.1:{pair.port}"
@@ -2198,15 +2179,15 @@ def test_both_edges_answer_mutated_requests_with_the_same_status_and_never_with_
         with connected(server, 1, request) as (client,):
             return client.recv(65536)[9:12].decode()
 
-    with project.serve("run", "gunicorn", MEST_REQUEST_TIMEOUT="1") as server:
+    with project.serve("run", "gunicorn", MEST_REQUEST_TIMEOUT="2") as server:
         requests = [mutated(chance, chance.choice(sources)) for _ in range(1000)]
-        through_flask = [*POOL.map(status, requests)]
-        direct = [*POOL.map(status, [each.replace(b"/echo", b"/predict") for each in requests])]
+        both = [*requests, *(each.replace(b"/echo", b"/predict") for each in requests)]
+        answers = [*POOL.map(status, both)]
         assert server.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
-    answers = [*zip(through_flask, direct, requests, strict=True)]
-    assert [answer for answer in answers if answer[0] != answer[1]] == []
-    assert {"200", "400", "404", "415", "422"} <= {*direct}
-    assert {*direct} <= {"200", "400", "404", "405", "408", "413", "415", "422", "501"}
+    pairs = zip(answers[:500], answers[500:], requests, strict=True)
+    assert [pair for pair in pairs if pair[0] != pair[1]] == []
+    assert {*answers} >= {"200", "400", "404", "415", "422"}
+    assert {*answers} <= {"200", "400", "404", "405", "408", "415", "422", "501"}
 
 
 def test_a_client_that_leaves_is_logged_and_counted_once_with_499(lab):
@@ -2217,9 +2198,9 @@ def test_a_client_that_leaves_is_logged_and_counted_once_with_499(lab):
         connected(lab, 3, framed(b'{"x":', body, url="/predict", length=50)),
     ):
         assert lab.ask("/count/1?seconds=0.3")[0] == 200
-    wait_until(lambda: len(lines_of(lab, "leaves-")) >= 9)
+    wait_until(lambda: len(log_of(lab, "leaves-")) >= 9)
     assert lab.ask("/predict", {"seconds": 0.3})[0] == 200  # by now all have ended
-    left = sorted((line["request_id"], line["status"]) for line in lines_of(lab, "leaves-"))
+    left = sorted((line["request_id"], line["status"]) for line in log_of(lab, "leaves-"))
     assert left == [(f"leaves-{what}", 499) for what in ("body", "handler", "model") for _ in "123"]
     for route, count in [("/predict", 3), ("other", 6)]:  # nobody else leaves
         assert metric(lab, ANSWERED.replace("200", "499").replace("/predict", route)) == count
@@ -2234,25 +2215,20 @@ def test_a_stream_is_sent_as_it_is_produced_and_closed_when_its_client_leaves(la
     lab.wait_for(r"closed after \d{1,3} of 9999")
 
 
-@pytest.mark.parametrize(
-    "version, end", [("1.0", b"\r\n\r\n0\n1\n"), ("1.1", b"2\r\n1\n\r\n0\r\n\r\n")]
-)
-def test_the_end_of_a_stream_is_seen_in_each_version_of_http(lab, version, end):
-    wanted = "keep-alive" if version == "1.0" else "close"
-    request = f"GET /count/2 HTTP/{version}\r\nHost: a\r\nConnection: {wanted}\r\n\r\n"
+@pytest.mark.parametrize("http, end", [("1.0", b"\r\n\r\n0\n1\n"), ("1.1", b"1\n\r\n0\r\n\r\n")])
+def test_the_end_of_a_stream_is_seen_in_each_version_of_http(lab, http, end):
+    wanted = "keep-alive" if http == "1.0" else "close"
+    request = f"GET /count/2 HTTP/{http}\r\nHost: a\r\nConnection: {wanted}\r\n\r\n"
     assert lab.send(request.encode()).endswith(end)  # sent by then, or for ever
 
 
-@pytest.mark.parametrize("length, status", [(5000, b"200"), (8000, b"200"), (9000, b"414")])
+@pytest.mark.parametrize("length, status", [(8000, b"200"), (9000, b"414")])
 def test_a_query_may_be_as_long_as_gunicorn_allows(lab, length, status):
     received = lab.send(b"GET /ping?q=%s HTTP/1.0\r\n\r\n" % (b"a" * length))
     assert received[9:12] == status
 
 
 SHELL = "import subprocess; result = subprocess.run(['sh', '-c', {!r}]).returncode"
-CHECK = """import subprocess
-try: subprocess.run(["sh", "-c", "exit 7"], check=True)
-except subprocess.CalledProcessError as error: result = error.returncode"""
 BEGIN = """import os, signal, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import Pool, Process
@@ -2267,12 +2243,11 @@ pass"""
 
 
 @pytest.mark.parametrize("source, result", [
-    (SHELL.format("exit 7"), 7), (SHELL.format("kill $$"), -15), (CHECK, 7),
+    (SHELL.format("exit 7"), 7), (SHELL.format("kill $$"), -15), (BEGIN + COUNTING + END, 0),
     (BEGIN + "child.start(); child.terminate()" + END, -15),
     (BEGIN + "child.start(); time.sleep(0.1); os.kill(child.pid, signal.SIGINT)" + END, -2),
     (BEGIN + "with Pool(2) as pool:\n pool.apply_async(time.sleep, (60,))\n"
      " result = pool.map(abs, [-1])", [1]),
-    (BEGIN + COUNTING + END, 0),
     (BEGIN + "with ProcessPoolExecutor(2) as pool:\n result = list(pool.map(abs, [-2]))", [2]),
     ("import ctypes; result = ctypes.PyDLL(None).usleep(2_000_000)", 0),  # it holds the interpreter
 ])
@@ -2299,19 +2274,6 @@ def test_what_has_run_with_openmp_before_the_fork_can_be_used_in_init(project):
     project.write(app=FIT + APP.replace("self.model = 2", init))
     with project.serve("run", "gunicorn", OMP_NUM_THREADS="2") as server:
         assert server.ask("/predict", {"x": 3})[1] == b'{"y":6}\n'
-
-
-@pytest.mark.parametrize("before, after, message", [
-    ("self.model = 2", "1 / 0", "model Doubler could not be loaded: ZeroDivisionError: division"),
-    ("from mest", "import torch\nfrom mest", "CUDA does not survive the fork"),
-])
-def test_preload_is_refused_if_a_model_fails_or_uses_cuda(project, command, before, after, message):
-    cuda = "class cuda:\n    is_initialized = staticmethod(lambda: True)\n"
-    project.write(torch=cuda, app=APP.replace(before, after, 1))
-    done = command("run", "gunicorn", "--port", "0", "--preload")
-    assert done.returncode == 1
-    assert re.search(f"^mest: {message}", done.stderr, re.MULTILINE)
-    assert "AppImportError" not in done.stderr
 
 
 def test_preloaded_models_are_loaded_once(project):
@@ -2379,17 +2341,15 @@ def test_a_package_that_is_not_installed_is_named(project, command, monkeypatch,
     assert done.stderr == f"mest: {package} is not installed: pip install {package}\n"
 
 
-@pytest.mark.parametrize(
-    "args", ["--app service.py", "--app service", "--app app.py:first", "--app pack.web:mest_app"]
-)
-def test_the_application_is_found_by_file_module_and_name(project, command, args):
+@pytest.mark.parametrize("app", ["service.py", "service", "app.py:first", "pack.web:mest_app"])
+def test_the_application_is_found_by_file_module_and_name(project, command, app):
     (project.path / "pack").mkdir()
     two = APP + "first, second = mest_app, Mest('second')\ndel mest_app\n"
     project.write(service=APP.replace("mest_app", "only"), app=two)
     project.write(**{"pack/__init__": "", "pack/web": "from . import __name__ as _\n" + APP})
     lines = "print('name', mest_app.config.service_name)\n"
-    assert "name doubler" in command("shell", *args.split(), stdin=lines).stdout
-    assert "name doubler" in command("shell", stdin=lines, MEST_APP=args[6:]).stdout
+    assert "name doubler" in command("shell", "--app", app, stdin=lines).stdout
+    assert "name doubler" in command("shell", stdin=lines, MEST_APP=app).stdout
 
 
 def test_the_shell_has_the_service_at_hand(project, command):
@@ -2400,12 +2360,7 @@ def test_the_shell_has_the_service_at_hand(project, command):
     assert done.stderr.startswith("There are mest_app, app, client.\n")
 
 
-@pytest.mark.parametrize("options, code", [("", 1), ("-- -k one -v", 0), ("-- -k nothing", 5)])
-def test_mest_test_runs_pytest_with_its_arguments_and_exit_code(project, options, code):
-    project.write(test_a="def test_one(): pass\ndef test_two(): assert 0\n")
-    assert project.mest("test", *options.split()).returncode == code
-
-
+TESTS = {"test_a": "def test_one(): pass\ndef test_two(): assert 0\n"}
 EXAMPLES = APP + """
 x = {"x": {"type": "float", "required": True}}
 router.add_predict_route(doubler, x, url="/half", method="GET", example={"x": 3})
@@ -2417,16 +2372,16 @@ def length(image=b"", n=()):
 """
 
 
-@pytest.mark.parametrize("app, code, said", [
-    (EXAMPLES, 0, ["GET /half: 200", "POST /length: 201", "POST /predict: 200"]),
-    (EXAMPLES.replace("+ len", "* 3 + len"), 1, ["POST /length: 601", "GET /half: 200"]),
+@pytest.mark.parametrize("files, options, code, said", [
+    ({"app": EXAMPLES}, "", 0, ["GET /half: 200", "POST /length: 201", "POST /predict: 200"]),
+    ({"app": EXAMPLES.replace("+ len", "* 3 + len")}, "", 1, ["/length: 601", "GET /half: 200"]),
+    (TESTS, "", 1, []), (TESTS, "-- -k one -v", 0, ["test_one"]), (TESTS, "-- -k nothing", 5, []),
 ])
-def test_mest_test_first_sends_each_example(project, app, code, said):
-    project.write(app=app)
-    done = project.mest("test", MEST_API_KEY="a,b")
+def test_mest_test_sends_each_example_and_runs_pytest_as_told(project, files, options, code, said):
+    project.write(**files)
+    done = project.mest("test", *options.split(), MEST_API_KEY="a,b")
     assert done.returncode == code
-    for line in said:
-        assert line in done.stdout
+    assert [line for line in said if line not in done.stdout] == []
 
 
 # The project's files
