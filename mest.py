@@ -84,7 +84,13 @@ from werkzeug.test import run_wsgi_app
 
 __version__ = "0.2.0"
 __all__ = [
-    "GenericModel", "Mest", "MestConfig", "MestError", "MestModel", "Problem", "Router",
+    "GenericModel",
+    "Mest",
+    "MestConfig",
+    "MestError",
+    "MestModel",
+    "Problem",
+    "Router",
     "validate_params",
 ]
 
@@ -222,7 +228,9 @@ class MestConfig:
     liveness_timeout: int = setting(
         600, range(86401), "seconds that a model may be in one call; 0: for ever"
     )
-    drain_seconds: int = setting(5, range(3601), "seconds of service, after SIGTERM, as not ready")
+    drain_seconds: int = setting(
+        5, range(3601), "seconds of service, after SIGTERM, as not ready"
+    )
     graceful_timeout: int = setting(
         30, range(1, 3601), "seconds, after that, for requests in progress"
     )
@@ -278,7 +286,9 @@ class MestConfig:
             needed = " or ".join(options)
             if text.lower() in options:
                 return options[text.lower()]
-        raise MestError(f"{source} is {value!r}; it must be {needed} ({field.metadata['meaning']})")
+        raise MestError(
+            f"{source} is {value!r}; it must be {needed} ({field.metadata['meaning']})"
+        )
 
 
 # Logging
@@ -360,7 +370,9 @@ def decode_object(body):
     except (ValueError, RecursionError) as error:
         raise Problem(400, f"The body is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
-        raise Problem(422, "The body is JSON, but no object; send an object with the parameters.")
+        raise Problem(
+            422, "The body is JSON, but no object; send an object with the parameters."
+        )
     return value
 
 
@@ -576,7 +588,8 @@ def list_check(rules):
     types = CHECKED[types_of(rules)[0]][0]
 
     def check_numbers(items):
-        if not math.isfinite(math.hypot(*items)):  # which raises if one is no number, or too large
+        # hypot raises if one is no number, or too large
+        if not math.isfinite(math.hypot(*items)):
             return False
         return types == NUMBERS or types.issuperset(map(type, items))
 
@@ -704,7 +717,9 @@ class Parameters:
             *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
             if not innermost.f_globals["__name__"].startswith("cerberus"):
                 raise  # a function in the schema: a defect of the service
-            raise Problem(422, f"The parameters cannot be checked: {error}.", errors={}) from None
+            raise Problem(
+                422, f"The parameters cannot be checked: {error}.", errors={}
+            ) from None
         if not is_valid:
             raise Problem(422, "The parameters are not valid.", errors=validator.errors)
         if fault := fault_of(validator.document):  # coercion may have made it
@@ -714,7 +729,12 @@ class Parameters:
 
 #: What Python's types are called in Cerberus's schemas.
 PYTHON_TYPES = {
-    bool: "boolean", bytes: "binary", dict: "dict", float: "number", int: "integer", list: "list",
+    bool: "boolean",
+    bytes: "binary",
+    dict: "dict",
+    float: "number",
+    int: "integer",
+    list: "list",
     str: "string",
 }
 
@@ -755,9 +775,9 @@ def schema_of(function):
         try:
             rules = rules_of(argument.annotation)
         except Exception:
-            fault = f"{name_of(function)} has the argument {argument}; annotate it with bool, int,"
-            cure = "float, str, bytes, dict, list[…], Literal[…] or … | None, or give a schema"
-            raise MestError(f"{fault} {cure}") from None
+            fault = f"{name_of(function)} has the argument {argument}"
+            known = "bool, int, float, str, bytes, dict, list[…], Literal[…] or … | None"
+            raise MestError(f"{fault}; annotate it with {known}, or give a schema") from None
         if argument.default is argument.empty:
             rules["required"] = True
         else:
@@ -780,7 +800,8 @@ def check_arguments(function, schema, url, defaults):
         return  # what is given has other names, or none
     variables = {*VARIABLE.findall(url), *defaults}
     sure = [
-        field for field, own in rules.items()
+        field
+        for field, own in rules.items()
         if own.get("required") or own.keys() & {"default", "default_setter"}
     ]
     for given in ([*rules, *variables], [*sure, *variables]):
@@ -857,17 +878,29 @@ def metrics():
     return SimpleNamespace(
         requests=Counter("mest_requests_total", "Requests answered.", labels),
         seconds=Histogram(
-            "mest_request_duration_seconds", "From arrival to answer.", ["route"], buckets=seconds
+            "mest_request_duration_seconds",
+            "From arrival to answer.",
+            ["route"],
+            buckets=seconds,
         ),
         in_progress=gauge("mest_requests_in_progress", "Requests that have no answer yet."),
-        queue_length=gauge("mest_queue_length", "Requests at a model, in work or not.", ["model"]),
-        batch_size=Histogram("mest_batch_size", "Requests in a batch.", ["model"], buckets=sizes),
+        queue_length=gauge(
+            "mest_queue_length", "Requests at a model, in work or not.", ["model"]
+        ),
+        batch_size=Histogram(
+            "mest_batch_size", "Requests in a batch.", ["model"], buckets=sizes
+        ),
     )
 
 
 def metrics_page():
     """Counters of all processes, for Prometheus."""
-    from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
+    from prometheus_client import (
+        CONTENT_TYPE_LATEST,
+        REGISTRY,
+        CollectorRegistry,
+        generate_latest,
+    )
     from prometheus_client.multiprocess import MultiProcessCollector
 
     registry = REGISTRY
@@ -1170,7 +1203,9 @@ def received_by_flask(variables):
                 cure = "send it with the header Content-Type: application/json"
                 raise Problem(415, f"The body looks like JSON, but is not said to be; {cure}.")
             if body.count(b"&") >= MAX_FIELDS:
-                raise Problem(413, f"There are more than {MAX_FIELDS} fields; send JSON instead.")
+                raise Problem(
+                    413, f"There are more than {MAX_FIELDS} fields; send JSON instead."
+                )
         http.max_form_memory_size = None  # all of it is in memory
         form = http.form.to_dict(flat=False)
         for name, files in http.files.lists():
@@ -1406,7 +1441,13 @@ KEYWORDS = {
 LIST_KEYWORDS = {"default": "default", "maxlength": "maxItems", "minlength": "minItems"}
 #: Rules that change what is sent before it is checked, or let pass what others would refuse.
 LENIENT = {
-    "allow_unknown", "coerce", "default_setter", "empty", "keysrules", "purge_unknown", "rename",
+    "allow_unknown",
+    "coerce",
+    "default_setter",
+    "empty",
+    "keysrules",
+    "purge_unknown",
+    "rename",
     "rename_handler",
 }
 
@@ -1569,7 +1610,11 @@ class Edge:
             body = await self.body(task, headers, receive)
             endpoint = self.direct.get((exchange.method, exchange.path))
             media_type = media_type_of(headers.get(b"content-type", ""))
-            if endpoint and media_type not in FORM_TYPES and len(headers) == len(scope["headers"]):
+            if (
+                endpoint
+                and media_type not in FORM_TYPES
+                and len(headers) == len(scope["headers"])
+            ):
                 exchange.route = exchange.path
                 if isinstance(body, Problem):
                     raise body
@@ -1758,8 +1803,8 @@ def flask_parts(app, environ):
 
 def environ_of(scope, body):
     """Return a request as WSGI has it (PEP 3333), with the bytes of the path as they were sent."""
-    path = unquote_to_bytes(scope.get("raw_path") or scope["path"]).decode("latin-1")
-    prefix = scope.get("root_path", "")
+    sent, prefix = scope.get("raw_path") or scope["path"], scope.get("root_path", "")
+    path = unquote_to_bytes(sent).decode("latin-1")
     if f"{path}/".startswith(f"{prefix}/"):  # which servers may leave there
         path = path.removeprefix(prefix)
 
@@ -1795,12 +1840,9 @@ def environ_of(scope, body):
             continue
         text = value.decode("latin-1")
         key = name.decode("latin-1").upper().replace("-", "_")
-        if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
-            key = f"HTTP_{key}"
-        if key in environ:
-            joint = "; " if name == b"cookie" else ","
-            text = f"{environ[key]}{joint}{text}"
-        environ[key] = text
+        key = key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
+        joint = "; " if name == b"cookie" else ","
+        environ[key] = f"{environ[key]}{joint}{text}" if key in environ else text
     if not isinstance(body, Problem):
         environ["CONTENT_LENGTH"] = str(len(body))
     return environ
@@ -1995,9 +2037,13 @@ class Mest:
             if parameters.example is None:
                 continue
             try:
-                in_fresh_thread(view.predict, parameters.check(copy.deepcopy(parameters.example)))
+                in_fresh_thread(
+                    view.predict, parameters.check(copy.deepcopy(parameters.example))
+                )
             except (Exception, SystemExit) as error:
-                failed = f"model {type(view.model).__name__} fails for the example of {rule.rule}"
+                failed = (
+                    f"model {type(view.model).__name__} fails for the example of {rule.rule}"
+                )
                 raise MestError(f"{failed}: {cause_of(error)}") from error
 
     def register_router(self, url: str, router: Router) -> None:
@@ -2137,7 +2183,8 @@ def worker_for(service):
             self.loop.set_exception_handler(self.explain)
             super().run()
 
-        def explain(self, loop, context):  # asyncio has a line for each connection it must refuse
+        def explain(self, loop, context):
+            # asyncio has a line for each connection that it must refuse
             if "out of system resource" not in context["message"]:
                 loop.default_exception_handler(context)
             elif monotonic() - self.explained > 1:
@@ -2147,7 +2194,9 @@ def worker_for(service):
         def handle_exit_signal(self):  # SIGTERM, which a process group may get twice
             if not service.draining:
                 service.draining = True
-                service.logger.info("stops in %d s, and is not ready", service.config.drain_seconds)
+                service.logger.info(
+                    "stops in %d s, and is not ready", service.config.drain_seconds
+                )
                 self.loop.call_later(service.config.drain_seconds, self.finish)
 
         def finish(self):
@@ -2267,7 +2316,9 @@ def command_line():
     dev.add_argument("--no-reload", dest="reload", action="store_false")
     fields = "listen_host", "listen_port", "workers", "threads"
     production = add(servers, "gunicorn", run_gunicorn, *fields)
-    production.add_argument("--preload", action="store_true", help="load the models before forking")
+    production.add_argument(
+        "--preload", action="store_true", help="load the models before forking"
+    )
     production.add_argument("options", nargs="*", metavar="-- OPTIONS", help="gunicorn's own")
     add(commands, "shell", run_shell)
     test = add(commands, "test", run_test)
