@@ -218,7 +218,9 @@ class MestConfig:
         1, range(1, 1025), "processes of gunicorn; auto is one for each CPU"
     )
     threads: int = setting(16, range(1, 1025), "handlers that run at once, in each process")
-    max_body_bytes: int = setting(2**24, range(1, 2**40), "bytes, the largest body of a request")
+    max_body_bytes: int = setting(
+        2**24, range(1, 2**40), "bytes, the largest body of a request"
+    )
     max_queued_requests: int = setting(
         512, range(1, 10**6), "requests at a model, or at the threads, in each process"
     )
@@ -239,7 +241,9 @@ class MestConfig:
     )
     docs: bool = setting(True, bool, "whether there are /docs and /openapi.json")
     access_log: bool = setting(False, bool, "whether each request is logged")
-    log_level: str = setting("INFO", ("DEBUG", "INFO", "WARNING", "ERROR"), "least level logged")
+    log_level: str = setting(
+        "INFO", ("DEBUG", "INFO", "WARNING", "ERROR"), "least level logged"
+    )
     log_format: str = setting("auto", ("auto", "json", "text"), "auto: text on a terminal")
 
     def __new__(cls, *args, **fields):
@@ -945,7 +949,9 @@ class GenericModel:
 
     def infer(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's result for a payload."""
-        raise NotImplementedError(f"{type(self).__name__} has neither infer() nor infer_batch()")
+        raise NotImplementedError(
+            f"{type(self).__name__} has neither infer() nor infer_batch()"
+        )
 
     def infer_batch(self, payloads: list) -> Sequence:
         """Return the results for the payloads of several requests, one each, in their order.
@@ -1163,7 +1169,9 @@ def model_batcher(model):
 # Routes
 
 
-def validate_params(schema: dict, example: dict | None = None) -> Callable[[Callable], Callable]:
+def validate_params(
+    schema: dict, example: dict | None = None
+) -> Callable[[Callable], Callable]:
     """Decorate a handler to receive the request's parameters, checked, as keyword arguments.
 
     They come from the query string, a JSON object or a form, and are what Cerberus makes of them;
@@ -1291,7 +1299,9 @@ class Endpoint:
         try:
             if self.needs_key:
                 sent = environ.get
-                admit(service.config, sent("HTTP_AUTHORIZATION", ""), sent("HTTP_X_API_KEY", ""))
+                admit(
+                    service.config, sent("HTTP_AUTHORIZATION", ""), sent("HTTP_X_API_KEY", "")
+                )
             if self.model is None:
                 return to_response(settled(self.handler(**variables)))
             params = self.parameters.read(received_by_flask(variables))
@@ -1389,7 +1399,9 @@ class Router:
         if schema is None:
             stage = first_stage(model)
             if stage is None:
-                raise MestError(f"{owner} has no schema, and no stage of the model tells of one")
+                raise MestError(
+                    f"{owner} has no schema, and no stage of the model tells of one"
+                )
             schema = schema_of(stage)
         endpoint = Endpoint(model.predict, Parameters(schema, example, owner), model)
         self._add_own(url, endpoint, method)
@@ -2456,7 +2468,9 @@ def load_app(args):
     found = {key: value for key, value in vars(module).items() if isinstance(value, Mest)}
     name = name or next(iter(found), "mest_app")
     if name not in found:
-        raise MestError(f"{path} has no Mest named {name}, but {[*found]}; make one, or name it")
+        raise MestError(
+            f"{path} has no Mest named {name}, but {[*found]}; make one, or name it"
+        )
     return found[name], module
 
 
