@@ -244,7 +244,9 @@ class MestConfig:
     log_level: str = setting(
         "INFO", ("DEBUG", "INFO", "WARNING", "ERROR"), "least level logged"
     )
-    log_format: str = setting("auto", ("auto", "json", "text"), "auto: text on a terminal")
+    log_format: str = setting(
+        "auto", ("auto", "json", "text"), "json, text; auto: text on a terminal"
+    )
 
     def __new__(cls, *args, **fields):
         for name in fields.keys() - cls.__dataclass_fields__.keys():
