@@ -1996,7 +1996,7 @@ class Mest:
         """
         limit = self.config.liveness_timeout
         for model in self.models:
-            is_used = isinstance(model, GenericModel) and id(model) in self._loaded
+            is_used = getattr(model, "_initialised", False)
             if is_used and model._batcher.busy_for() > limit > 0:
                 raise Problem(503, f"{type(model).__name__} is in one call for over {limit} s.")
         return {"status": "alive"}
@@ -2197,8 +2197,7 @@ def worker_for(service):
             self.loop.set_exception_handler(self.explain)
             super().run()
 
-        def explain(self, loop, context):
-            # asyncio has a line for each connection that it must refuse
+        def explain(self, loop, context):  # asyncio logs each connection that it must refuse
             if "out of system resource" not in context["message"]:
                 loop.default_exception_handler(context)
             elif monotonic() - self.explained > 1:
@@ -2215,6 +2214,8 @@ def worker_for(service):
 
         def finish(self):
             self.cfg.set("graceful_timeout", service.config.graceful_timeout)
+            for server in self.servers:  # so that by the end it knows what it has accepted
+                server.close()
             super().handle_exit_signal()
             self.loop.call_later(0.5, close_idle, self)
 
@@ -2279,7 +2280,6 @@ def gunicorn_for(service, options):
                     service.warm_up()
             except MestError as error:
                 raise AppImportError(report(error)) from None  # ends the master too
-            gc.collect()
             gc.freeze()  # or full collections stop the service, for 0.05 s with scikit-learn
             sys.setswitchinterval(0.0005)  # seconds that the model may hold up the loop
             routes = ", ".join(" ".join(route) for route in service.direct_routes())
