@@ -1629,7 +1629,7 @@ UNREAD = "/it?reads=__repr__"
 @pytest.mark.parametrize("length, status", [(100, 200), (101, 413), (70_000, 413)])
 def test_a_hook_sees_that_a_body_is_too_long(edge, url, is_chunked, length, status):
     if [edge, is_chunked, status] == [over_wsgi, True, 413] and "reads" in url:
-        pytest.skip("Werkzeug cuts such a body short, and says nothing")
+        status = 200  # Werkzeug cuts such a body short, and says nothing
     how = {"Transfer-Encoding": "chunked"} if is_chunked else {"Content-Length": str(length)}
     parts = [b'{"x": ', b"3}" + b" " * (length - 8)]
     answer = edge(with_cors(max_body_bytes=100), url, parts=parts, headers=JSON | how)
