@@ -149,8 +149,7 @@ def as_problem(error):
         return error
     headers = dict(error.get_headers())
     del headers["Content-Type"]
-    detail = error.description or error.name
-    return Problem(status, detail, headers)
+    return Problem(status, error.description or error.name, headers)
 
 
 def report(error):
@@ -1996,8 +1995,7 @@ class Mest:
         """
         limit = self.config.liveness_timeout
         for model in self.models:
-            is_used = getattr(model, "_initialised", False)
-            if is_used and model._batcher.busy_for() > limit > 0:
+            if getattr(model, "_initialised", False) and model._batcher.busy_for() > limit > 0:
                 raise Problem(503, f"{type(model).__name__} is in one call for over {limit} s.")
         return {"status": "alive"}
 
@@ -2214,8 +2212,8 @@ def worker_for(service):
 
         def finish(self):
             self.cfg.set("graceful_timeout", service.config.graceful_timeout)
-            for server in self.servers:  # so that by the end it knows what it has accepted
-                server.close()
+            for listener in [each for server in self.servers for each in server.sockets]:
+                self.loop.remove_reader(listener)  # close() drops what was just accepted
             super().handle_exit_signal()
             self.loop.call_later(0.5, close_idle, self)
 
@@ -2283,10 +2281,10 @@ def gunicorn_for(service, options):
             gc.freeze()  # or full collections stop the service, for 0.05 s with scikit-learn
             sys.setswitchinterval(0.0005)  # seconds that the model may hold up the loop
             routes = ", ".join(" ".join(route) for route in service.direct_routes())
-            bind = ", ".join(self.cfg.bind)
-            service.logger.info("serves on %s; without Flask: %s", bind, routes)
-            is_asgi = hasattr(self.cfg.worker_class, "finish")  # ours; any other speaks WSGI
-            return service if is_asgi else service.app
+            text = f"serves on {', '.join(self.cfg.bind)}; without Flask: {routes}"
+            service.logger.info(text)
+            # ours, or another, which speaks WSGI
+            return service if hasattr(self.cfg.worker_class, "finish") else service.app
 
     return Service()
 
