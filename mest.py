@@ -536,9 +536,8 @@ def convert_text(text, rules):
 class Validator(cerberus.Validator):
     """Cerberus's validator for documents from strangers. It is not thread-safe: one a document."""
 
-    # `errors_left` is a list with the number of errors that it and its children may still note.
-
     def _error(self, *args):
+        # A list of one number, so that child validators count down the same.
         left = self._config.get("errors_left", [MAX_ERRORS])
         if left[0] > 0 or not self._errors:  # one is enough for the verdict
             left[0] -= len(args) == 1  # a list of one; other calls end in this one
@@ -1761,17 +1760,17 @@ class Edge:
         """Send Flask's answer, of which a thread makes one part after the other."""
         parts = flask_parts(self.service.app, environ_of(scope, body))
         run = partial(run_alone, threading.Lock(), copy_context())
-        step, status, is_whole = partial(run, next, parts, None), 0, False
+        step, is_begun, is_whole = partial(run, next, parts, None), False, False
         try:
-            code, headers, is_whole, part = await self.outcome(self.flask, step)
-            await start(send, code, headers)
-            status = code
+            status, headers, is_whole, part = await self.outcome(self.flask, step)
+            await start(send, status, headers)
+            is_begun = True
             while not is_whole and part is not None:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
                 part = await self.outcome(self.flask, step)
             await send({"type": "http.response.body", "body": part or b""})
         except Exception as error:
-            if not status:
+            if not is_begun:
                 raise
             self.refusal(error)
             raise asyncio.CancelledError from None  # ends the connection: the client shall know
@@ -1805,7 +1804,7 @@ def flask_parts(app, environ):
     try:
         part = next(chunks, None)  # type: ignore
         is_whole = part is None or headers.get("Content-Length") == str(len(part))
-        if not is_whole:
+        if not is_whole:  # then somebody asks for more, or closes this
             yield *head, False, part
             yield from chunks
     finally:
@@ -2044,9 +2043,9 @@ class Mest:
         self.load_models()
         for rule, view in routes_of(self.app):
             parameters: Any = getattr(view, "parameters", None)
-            if rule.arguments or getattr(view, "model", None) is None:
-                continue  # the example says nothing about the path
-            if parameters.example is None:
+            if getattr(view, "model", None) is None or parameters.example is None:
+                continue
+            if rule.arguments:  # of which the example says nothing
                 continue
             try:
                 in_fresh_thread(
@@ -2415,7 +2414,7 @@ def send_examples(service):
     client, failed = client_of(service), 0
     for rule, view in routes_of(service.app):
         example = getattr(getattr(view, "parameters", None), "example", None)
-        if example is None or rule.arguments:  # it says nothing about the path
+        if example is None or rule.arguments:  # of which the example says nothing
             continue
         files = {}
         for name, value in example.items():
