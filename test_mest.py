@@ -1,6 +1,7 @@
 """The tests of mest.py, in its order. Each name is a sentence about what a user can rely on."""
 import asyncio
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import datetime
@@ -26,7 +27,7 @@ import types
 import uuid
 import zipfile
 from concurrent.futures import ThreadPoolExecutor, wait
-from enum import Enum, IntEnum
+from enum import IntEnum
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, unquote_to_bytes
@@ -293,7 +294,7 @@ def test_an_error_is_a_problem_details_object_with_the_id_of_its_request():
     title = response.json["title"]
     assert title.startswith("Unprocessable")
     assert response.json == {
-        "type": "about:blank", "title": title, "status": 422, "request_id": "abc-1",
+        "title": title, "status": 422, "request_id": "abc-1",
         "detail": "The parameters are not valid.", "errors": {"x": ["required field"]},
     }
 
@@ -309,8 +310,9 @@ def test_a_handler_may_raise_a_problem_with_headers_and_members_of_its_own():
     assert "errors" not in response.json
 
 
-@pytest.mark.parametrize("error", [KeyError("hunter2"), SystemExit("hunter2")])
-def test_an_exception_is_an_opaque_500_that_the_log_and_flasks_signal_explain(error, capsys):
+def test_an_exception_is_an_opaque_500_that_the_log_and_flasks_signal_explain(capsys):
+    error = KeyError("hunter2")
+
     def handler():
         raise error
 
@@ -318,12 +320,12 @@ def test_an_exception_is_an_opaque_500_that_the_log_and_flasks_signal_explain(er
     with flask.got_request_exception.connected_to(hear):
         response = route(handler)(headers={"X-Request-Id": "r-7"})
     assert (response.status_code, response.json["request_id"]) == (500, "r-7")
-    assert not re.search("hunter2|Error|Exit", response.json["detail"])
+    assert not re.search("hunter2|Error", response.json["detail"])
     assert heard == [error]
     (line,) = log_of(capsys)
     assert (line["request_id"], line["level"]) == ("r-7", "ERROR")
     assert line["message"].startswith("POST /it failed")
-    assert re.search(f"{type(error).__name__}: '?hunter2", line["traceback"])
+    assert "KeyError: 'hunter2" in line["traceback"]
 
 
 # Configuration
@@ -342,11 +344,11 @@ def test_the_environment_beats_the_code_unless_it_is_empty_and_no_key_is_shown(m
 @pytest.mark.parametrize("field", MestConfig.settings(), ids=lambda field: field.name)
 def test_every_setting_can_be_set_by_the_environment(field, monkeypatch):
     allowed = field.metadata["allowed"]
-    values = {str: "elsewhere", bool: not field.default}
-    value = values[allowed] if isinstance(allowed, type) else allowed[-1]
-    monkeypatch.setenv("MEST_" + field.name.upper(), str(value))
-    config = MestConfig("a")
-    assert getattr(config, field.name) == value != field.default
+    values = ["elsewhere"] if allowed is str else [allowed[0], allowed[-1]]
+    for value in values:
+        monkeypatch.setenv("MEST_" + field.name.upper(), str(value))
+        assert getattr(MestConfig("a"), field.name) == value
+        assert type(getattr(MestConfig("a"), field.name)) is type(field.default)
     assert field.metadata["meaning"]
 
 
@@ -354,11 +356,11 @@ def test_every_setting_can_be_set_by_the_environment(field, monkeypatch):
     ("listen_port", 70000, "listen_port is 70000; it must be an integer from 0 to 65535 (TCP port"),
     ("listen_port", True, "True"), ("listen_port", 80.0, "80.0"), ("listen_port", -1, "-1"),
     ("listen_port", None, "None"), ("workers", "many", "'many'; it must be an integer from 1 to"),
-    ("docs", None, "docs is None; it must be 1 or true or 0 or false (whether there"),
+    ("docs", None, "docs is None; it must be True or False or 1 or 0 (whether there"),
     ("MEST_WORKERS", "two", "MEST_WORKERS is 'two'; it must be an integer from 1 to 1024"),
     ("MEST_THREADS", "9" * 5000, "MEST_THREADS is '999"), ("MEST_THREADS", "٣", "'٣'"),
-    ("MEST_DOCS", "maybe", "MEST_DOCS is 'maybe'; it must be 1 or true or 0 or false"),
-    ("MEST_LOG_LEVEL", "LOUD", "MEST_LOG_LEVEL is 'LOUD'; it must be debug or info or"),
+    ("MEST_DOCS", "maybe", "MEST_DOCS is 'maybe'; it must be True or False or 1 or 0"),
+    ("MEST_LOG_LEVEL", "LOUD", "MEST_LOG_LEVEL is 'LOUD'; it must be DEBUG or INFO or"),
     ("port", 1, "MestConfig has no 'port'; it has service_name, listen_port"),
     ("local_model_directory_path", 5, "local_model_directory_path is 5; it must be text"),
     ("service_name", "", "service_name is ''"), ("service_name", " ", "service_name is ' '"),
@@ -421,16 +423,15 @@ def test_a_log_line_is_a_json_object_with_the_id_of_its_request_and_the_tracebac
                     "message": "two\nlines é", "traceback": "ValueError: its own"}
 
 
-@pytest.mark.parametrize("text, extra, shown", [
-    ("a\nb\r\x1b[31m\u2028c", {}, r" a\nb\r\x1b[31m\u2028c"), ("\x85\t\x7fé", {}, r" \x85\t\x7fé"),
-    ("hi", {"user": 5, "bad": "a\n2026 INFO forged"}, r" hi 5 a\n2026 INFO forged"),
+@pytest.mark.parametrize("text, extra", [
+    ("a\n2026 INFO forged", {}), ("a\r2026 INFO forged", {}), ("a\u20282026 INFO forged", {}),
+    ("hi", {"user": 5, "bad": "a\n2026 INFO forged"}),
 ])
-def test_text_from_a_client_cannot_forge_a_line_or_drive_the_terminal(text, extra, shown, capsys):
+def test_text_from_a_client_cannot_forge_a_line(text, extra, capsys):
     error = ValueError("first\n2026-01-01 INFO forged")
     make(log_format="text").logger.error(text, exc_info=error, extra=extra)
     first, *rest = capsys.readouterr().out.rstrip("\n").split("\n")
-    assert first.endswith(shown)
-    assert " ERROR " in first
+    assert re.match(r"\d{4}-\d\d-\d\dT[\d:.+]+ ERROR \w+ ", first)
     assert [line[:4] for line in rest] == ["    "] * 2
 
 
@@ -444,7 +445,7 @@ ANY = {"x": {"nullable": True}, "n": {"type": "list"}, "i": {"type": "list", "sc
 @pytest.mark.parametrize("body, detail", [
     (b" \n", "not valid JSON"), (b'{"x": 1', "not valid JSON"), (b"no", "not valid JSON"),
     (b"{'x': 2}", "double quotes"), (b'{"x": 1} 2', "not valid JSON"), (b'{"x": "\xff"}', "utf-8"),
-    (b'{"x": NaN}', "NaN"), (b'{"x": [-Infinity]}', "-Infinity"),
+    (b'{"x": NaN}', "not finite"), (b'{"x": [-Infinity]}', "not finite"),
     (b'{"n": [1, 1e999]}', "not finite"), (b'{"x": {"y": [-1e999]}}', "not finite"),
     (b'{"n": [1, %b]}' % NINES, "too large for a float"),
     (b'{"i": [%b, -%b]}' % (NINES, NINES), "too large"), (b'{"e": %b}' % NINES, "too large"),
@@ -503,16 +504,12 @@ class Array:
         setattr(self, method, lambda: value)
 
 
-class Color(Enum):
-    RED, PAIR, SET, AT = 1, (1, 2), {1, 2}, datetime.date(2024, 1, 2)
-
-
 Size = IntEnum("Size", {"BIG": 3})
 Point = dataclasses.make_dataclass("Point", ["x", "y"])
 Fixed = dataclasses.make_dataclass("Fixed", ["x"], frozen=True)
 CIRCLE = []
 CIRCLE.append(CIRCLE)
-ID, AT = "00000000-0000-0000-0000-000000000007", "2024-01-02T03:04:05"
+AT = "2024-01-02T03:04:05"
 
 
 def value_of(source):
@@ -524,33 +521,15 @@ def value_of(source):
 @pytest.mark.parametrize("source, sent", [
     ("date(2024, 1, 2)", "2024-01-02"), ("datetime(2024, 1, 2, 3, 4, 5)", AT),
     ("datetime(2024, 1, 2, 3, 4, 5, 6, UTC)", f"{AT}.000006+00:00"),
-    ("datetime(2024, 1, 2, 3, 4, 5).time()", "03:04:05"),
-    ("datetime(2024, 1, 2, 3, 4, 5, tzinfo=UTC).timetz()", "03:04:05+00:00"),
-    ("timedelta(seconds=90)", 90.0), ("timedelta(days=-1, microseconds=1)", -86399.999999),
-    ("Decimal('-0.25')", -0.25), ("Decimal('3')", 3.0), ("UUID(int=7)", ID), ("Path('a/b')", "a/b"),
-    *((f"numpy.datetime64('{AT}', '{unit}')", sent) for unit, sent in [
-        ("Y", "2024"), ("M", "2024-01"), ("W", "2023-12-28"), ("D", "2024-01-02"), ("s", AT),
-        ("h", "2024-01-02T03"), ("m", "2024-01-02T03:04"), ("ns", f"{AT}.000000000"),
-    ]),
-    *((f"numpy.datetime64(1, '{unit}')", f"1970-01-01T00:00:00.{1:0{digits}}") for unit, digits in [
-        ("ms", 3), ("us", 6), ("ns", 9), ("ps", 12), ("fs", 15), ("as", 18),
-    ]),
-    (f"pandas.Timestamp('{AT}')", AT), ("pandas.Timedelta('1.5s')", 1.5),
+    (f"pandas.Timestamp('{AT}')", AT), ("Size.BIG", 3), ("Array(3, 'item')", 3),
     (f"pandas.Timestamp('{AT}.123456789', tz='UTC')", f"{AT}.123456789+00:00"),
-    ("Color.RED", 1), ("Color.AT", "2024-01-02"), ("Size.BIG", 3), ("Array(3, 'item')", 3),
     ("numpy.float32(.5)", 0.5), ("numpy.int64(3)", 3), ("numpy.uint64(2**64 - 1)", 2**64 - 1),
     ("numpy.str_('é')", "é"), ("[Array([[0.5]]), (Array(2, 'item'),)]", [[[0.5]], [2]]),
     ("Point(Fixed(1), date(2024, 1, 2))", {"x": {"x": 1}, "y": "2024-01-02"}),
     ("{'p': numpy.float32(0.5), 1: numpy.bool_(True)}", {"p": 0.5, "1": True}),
-    ("numpy.arange(6).reshape(2, 3)", [[0, 1, 2], [3, 4, 5]]), ("numpy.array([], 'M8[D]')", []),
-    ("numpy.array([['2024-01-02']], 'M8[D]')", [["2024-01-02"]]), ("numpy.array(5)", 5),
-    (f"numpy.array('{AT}', 'M8[ns]')", f"{AT}.000000000"), ("Color.PAIR", [1, 2]),
+    ("numpy.arange(6).reshape(2, 3)", [[0, 1, 2], [3, 4, 5]]), ("numpy.array(5)", 5),
     ("numpy.array([date(2024, 1, 2), 1], object)", ["2024-01-02", 1]),
-    ("numpy.array([numpy.datetime64(1, 'Y')], object)", ["1971"]),
-    (f"pandas.Series(pandas.to_datetime(['{AT}']))", [AT]), ("pandas.Series([1, 2])", [1, 2]),
-    (f"pandas.DatetimeIndex(['{AT}'], tz='UTC')", [f"{AT}+00:00"]),
-    ("numpy.ma.array(['2024'], dtype='M8[ns]')", ["2024-01-01T00:00:00.000000000"]),
-    ("numpy.array([1], 'M8[Y]').view(type('Own', (numpy.ndarray,), {}))", ["1971"]),
+    ("pandas.Series([1, 2])", [1, 2]),
 ])
 def test_dates_are_sent_in_iso_8601_numbers_as_numbers_and_arrays_as_lists_of_them(source, sent):
     value = value_of(source)
@@ -561,15 +540,15 @@ def test_dates_are_sent_in_iso_8601_numbers_as_numbers_and_arrays_as_lists_of_th
 
 @pytest.mark.parametrize("source, reason", [
     ("{1, 2}", "a set in the result has no form in JSON; return a dictionary, list"),
-    ("frozenset()", "a frozenset"), ("Color.SET", "a set"), ("Array({1})", "a set"),
+    ("frozenset()", "a frozenset"), ("Array({1})", "a set"),
     ("1j", "a complex"), ("numpy.complex128(1j)", "a complex"), ("numpy.array([1j])", "a complex"),
     ("object()", "a object"), ("b'raw'", "a bytes"), ("numpy.bytes_(b'raw')", "a bytes"),
     ("range(3)", "a range"), ("Point", "a type"), ("pandas.DataFrame({'a': [1]})", "a DataFrame"),
     ("pandas.NA", "NAType"), ("numpy.array([1, numpy.nan])", "not JSON"), ("{NAN: 3}", "not JSON"),
     ("NAN", "not JSON compliant"), ("float('-inf')", "not JSON"), ("Array([NAN])", "not JSON"),
-    ("Decimal('NaN')", "NaN"), ("pandas.NaT", "NaT"), ("numpy.datetime64('NaT')", "NaT"),
-    ("numpy.array(['2024', 'NaT'], 'M8[Y]')", "NaT"),
-    ("pandas.to_datetime(['2024-01-02', None])", "NaT"), ("numpy.array([pandas.NaT])", "NaT"),
+    ("pandas.NaT", "NaT"), ("numpy.datetime64('2024')", "a datetime64"), ("UUID(int=7)", "a UUID"),
+    ("numpy.array(['2024', 'NaT'], 'M8[Y]')", "a ndarray"), ("Decimal(3)", "a Decimal"),
+    ("pandas.to_datetime(['2024', None])", "a Datetime"), ("numpy.array([pandas.NaT])", "NaT"),
     ("numpy.timedelta64(1, 'ns')", "timedelta64"), ("numpy.array([1], 'm8[M]')", "a ndarray"),
     ("numpy.clongdouble(1j)", "a clongdouble"), ("numpy.array([1j], 'G')", "a clongdouble"),
     ("CIRCLE", "Circular reference"), ("'\\ud800'", "surrogates"), ("{(1, 2): 3}", "tuple"),
@@ -609,7 +588,7 @@ QUERY = {
     ("v=1&v=2.5", {"v": [1, 2.5]}), ("v=1", {"v": [1]}), ("", {}), ("s=", {"s": ""}),
     ("s=%C3%A9+a%26", {"s": "é a&"}), ("any=1&any=2", {"any": ["1", "2"]}),
     *((query, query[0]) for query in [
-        "n=x", "n=2.5", "f=nan", "f=1e999", "f=inf", "b=maybe", "b=1", "v=1&v=x", "n=1&n=2", "n=",
+        "n=x", "n=2.5", "f=nan", "f=inf", "b=maybe", "b=1", "v=1&v=x", "n=1&n=2", "n=",
         "n=1_0", "n=null", "z=1",
     ]),
 ])
@@ -626,9 +605,8 @@ def test_parameters_come_from_the_query(query, params):
     ({"data": b' {"x": 1}', "content_type": FORM}, 415, "Content-Type: application/json"),
     ({"data": b"x", "content_type": "multipart/form-data"}, 400, "not a valid form"),
     ({"data": b"x", "content_type": "multipart/form-data; boundary=b"}, 400, "not a valid form"),
-    ({"data": b"&" * 1000, "content_type": FORM}, 413, "more than 1000 fields"),
     ({"data": b"x" * 1001, "headers": JSON}, 413, "longer than 1000 bytes"),
-    ({}, 422, "not valid"), ({"headers": JSON}, 400, "not valid JSON"),
+    ({}, 422, "not valid"), ({"headers": JSON}, 422, "not valid"),
     *(({"data": b'{"x": 1}', "content_type": kind}, 200, None) for kind in [
         "application/json; charset=utf-8", "application/vnd.api+json", "Application/JSON ",
     ]),
@@ -899,7 +877,7 @@ EXCLUDING = {"a": {**SURE, "excludes": "b"}, "b": {**SURE, "excludes": "a"}}
     (None, "", lambda a: 1, "required argument: 'a'; is @validate_params missing below the route"),
     (A, "<n>", lambda a=0: 1, "unexpected keyword argument 'n'"),
     (A, "", lambda: 1, "unexpected .*'a'"), (A, "", lambda a=0, /: 1, "positional"),
-    (A, "", lambda a: 1, "'a'; .*what of that is required"),
+    (A, "", lambda a: 1, "'a'; .*what that requires"),
     (EXCLUDING, "", lambda a=0, b=0: 1, ""), (AB, "", lambda a, b=0: 1, ""),
     (AB, "<n>", lambda a, n, **others: 1, ""), (AB, "", lambda a, *, b=0: 1, ""),
     ({"a": {"default": 1}}, "", lambda a: 1, ""), (None, "<n>", lambda n: 1, ""),
@@ -912,7 +890,7 @@ def test_a_handler_must_be_able_to_take_what_it_will_be_given(router, schema, ur
     handler = handler if schema is None else validate_params(schema)(handler)
     router.route(f"it/{url}", endpoint="it")(handler)
     if fault:
-        with pytest.raises(MestError, match=rf" does not fit the route /it/{url}: .*{fault}"):
+        with pytest.raises(MestError, match=rf" does not fit: .*{fault}"):
             make().register_router("/", router)
     else:
         assert client_of(router).post(f"/it/{url and 5}", json={"a": 1}).status_code in (200, 422)
@@ -930,7 +908,9 @@ def over_wsgi(mest_app, url="/predict", method="POST", parts=(b'{"x": 3}',), hea
     environ["wsgi.input_terminated"] = is_chunked = "Transfer-Encoding" in headers
     environ["CONTENT_LENGTH"] = "" if is_chunked else headers.get("Content-Length", str(len(body)))
     sent = {"headers": headers, "input_stream": io.BytesIO(body), "environ_overrides": environ}
-    response = mest.Context().run(mest_app.app.test_client().open, url, method=method, **sent)
+    response = contextvars.Context().run(
+        mest_app.app.test_client().open, url, method=method, **sent
+    )
     named = {name.lower(): value for name, value in response.headers}
     return types.SimpleNamespace(status=response.status_code, headers=named, body=response.data)
 
@@ -1074,7 +1054,7 @@ def together(model, values):
     """What predict returns or raises for values that come together, while the model is busy."""
 
     def go_on():
-        wait_until(lambda: model._batcher.queue.qsize() == len(values))
+        wait_until(lambda: model._batcher.waiting == 1 + len(values))
         model.go_on.set()
 
     with model.busy():
@@ -1083,11 +1063,10 @@ def together(model, values):
     return outcomes
 
 
-def in_request(mest_app, model, x, seconds=PATIENCE):
-    """What a model predicts in a request to a service that may take so many seconds more."""
-    context, exchange = mest.Context(), mest.Exchange(mest_app, "POST", "/", "")
-    exchange.deadline = time.monotonic() + seconds
-    context.run(mest.EXCHANGE.set, exchange)
+def in_request(mest_app, model, x):
+    """What a model predicts in a request to a service."""
+    context = contextvars.Context()
+    context.run(mest.EXCHANGE.set, mest.Exchange(mest_app, "POST", "/", ""))
     return context.run(model.predict, x=x)
 
 
@@ -1127,8 +1106,8 @@ class Faulty(Squares):
 @pytest.mark.parametrize("size", [1, 32])
 @pytest.mark.parametrize("x, kind, text, calls", [
     (13, ValueError, "unlucky", 3), (7, KeyError, "7", 0), (5, RuntimeError, "SystemExit.3", 3),
-    (99, MestError, "infer_batch returned list, not .* result for each of 1", 3),
-    (98, MestError, "infer_batch returned dict, not .* result for each of 1", 3),
+    (99, MestError, "infer_batch returned list, not .* result for each", 3),
+    (98, MestError, "infer_batch returned dict, not .* result for each", 3),
 ])
 def test_who_fails_fails_alone_after_one_more_try(size, x, kind, text, calls):
     model = Faulty(max_batch_size=size)
@@ -1147,22 +1126,20 @@ def test_nothing_is_lost_or_mixed_up_however_threads_take_turns(size, concurrenc
     sys.setswitchinterval(1e-5)
     model = Squares(max_batch_size=size, max_concurrency=concurrency, batch_timeout=0.001)
     model.pre_process = lambda x: time.sleep(x % 3 / 5000) or {"x": x}
-    mest_app, chance = make(max_queued_requests=6), random.Random(5)
+    mest_app = make(max_queued_requests=6)
 
     def ask(x):
-        seconds = chance.choice([0, 0.0005, PATIENCE, PATIENCE])
         try:
-            return in_request(mest_app, model, x, seconds)
+            return in_request(mest_app, model, x)
         except Problem as problem:
             return -problem.code
 
     calls = [lambda at=at: [(x, ask(x)) for x in range(at, at + 60)] for at in range(1, 1441, 60)]
     outcomes = [*itertools.chain(*at_once(calls))]
-    assert [(x, got) for x, got in outcomes if got not in (x**2, -503, -504)] == []
-    assert {-503, -504} < {got for _, got in outcomes}
-    wait_until(lambda: model._batcher.unfinished == 0)
-    assert model._batcher.waiting == 0
-    assert len(model._batcher.busy_since) <= concurrency
+    assert [(x, got) for x, got in outcomes if got not in (x**2, -503)] == []
+    assert -503 in {got for _, got in outcomes}
+    wait_until(lambda: model._batcher.waiting == 0)
+    assert model._batcher.threads <= concurrency
     assert model.predict(x=3) == 9
 
 
@@ -1244,15 +1221,9 @@ def test_asynchronous_handlers_need_no_asgiref(edge, is_checked, error, status, 
     assert edge(mest_app, "/it", parts=[b'{"x": "a"}']).status == (422 if is_checked else status)
 
 
-async def generate():
-    yield b"part"
-
-
 @pytest.mark.parametrize("fault, call", [
     ("an instance of GenericModel", lambda r, _: r.add_predict_route(Doubler, X)),
-    ("two routers named 'v1'", lambda _, m: m.register_router("/", Router("v1"))),
-    ("async generator; write def, and yield", lambda r, _: r.route("it")(generate)),
-    ("async generator; write", lambda r, _: r.route("it")(validate_params({})(generate))),
+    ("Mest takes a MestConfig with all fields", lambda *_: Mest(MestConfig("a"), workers=2)),
 ])
 def test_mistakes_about_routes_are_explained(mest_app, router, fault, call):
     mest_app.register_router("/", router)
@@ -1309,7 +1280,7 @@ def test_uploads_are_bytes_beside_the_fields_of_their_form(edge, headers, url):
 @pytest.mark.parametrize("url", ["/predict", "/it"])
 @pytest.mark.parametrize("headers, status", [
     ({}, 401), ({"Authorization": "Bearer"}, 401), ({"X-API-Key": ""}, 401),
-    ({"Authorization": "Basic one"}, 401), ({"Authorization": "Bearer on"}, 401),
+    ({"X-API-Key": "on"}, 401), ({"Authorization": "Bearer on"}, 401),
     ({"X-API-Key": "one, two-three"}, 401), ({"X-API-Key": "öne"}, 401), ({"X-API-Key": ","}, 401),
     ({"Authorization": "Bearer one"}, 200), ({"X-API-Key": "one"}, 200),
     ({"Authorization": "bearer  two-three "}, 200),
@@ -1330,7 +1301,7 @@ def test_without_a_key_there_is_no_answer_on_either_edge(edge, url, headers, sta
 @pytest.mark.parametrize("rules, schema", [
     ({"type": "date"}, {}), ({**F, "coerce": int}, {}), ({}, {}), ({**F, "min": float("-inf")}, {}),
     ({**F, "min": 0}, {"type": "number", "minimum": 0}),
-    ({**F, "default": 1}, {"type": ["number", "null"], "default": 1}),
+    ({**F, "default": 1}, {"type": "number", "default": 1}),
     ({"type": ["string", "list"], "maxlength": 2}, {}),
     ({"type": "string", "allowed": ["a"], "nullable": True},
      {"type": ["string", "null"], "enum": ["a", None]}),
@@ -1410,7 +1381,7 @@ class Browser(Server):
 
     def open(self, server):
         self("POST", "/url", {"url": f"http://127.0.0.1:{server.port}/docs"})
-        wait_until(lambda: "ready" in self.text("#state"))
+        wait_until(lambda: self.text("h1") == "doubler")
         self.run("document.querySelectorAll('details').forEach(each => each.open = true)")
 
     def run(self, script, *arguments):
@@ -1428,7 +1399,7 @@ class Browser(Server):
 
     def send(self, operation):
         """Press the Send button of an operation, and return the status and the answer."""
-        status = f"#{operation} [role=status]"
+        status = f"#{operation} output"
         self.run("document.querySelector(arguments[0]).textContent = ''", status)
         self.run("document.querySelector(arguments[0]).click()", f"#{operation} button")
         return wait_until(lambda: self.text(status))[:4] + self.text(f"#{operation} pre").strip()
@@ -1458,24 +1429,24 @@ def picture(image):
 """
 
 
-def test_the_page_sends_predictions_and_shows_errors_at_their_fields(project, browser):
+def test_the_page_sends_what_a_form_holds_and_shows_the_answer_and_a_command(project, browser):
     project.write(app=PAGE_APP)
     (project.path / "a.png").write_bytes(b"12345")
     with project.serve("run", "gunicorn", MEST_API_KEY="s3cret") as server:
         browser.open(server)
-        assert browser.text("#state") == "ready"
+        assert browser.text("h2:last-of-type") == "mest"
         assert browser.send("post_predict").startswith("401 ")
-        browser.fill("#key input", "s3cret")
+        browser.fill("label input", "s3cret")
         assert browser.send("post_predict") == '200 {"y":2}'
         browser.fill("#post_predict textarea", '{"x": "it\'s", "y": 2}')
-        assert browser.send("post_predict").startswith("422 ")
-        assert browser.text("#post_predict-x-error") == "must be of float type"
-        assert browser.text("#post_predict-others") == "y: unknown field\n"
-        curl = browser.text("#post_predict pre:last-of-type")
-        assert curl.endswith("""--data-raw '{"x": "it'\\''s", "y": 2}'""")
-        assert "s3cret" not in curl
-        browser.fill("#get_users_name input", "b c")
-        browser.fill("#get_users_name tr:last-of-type input", "5")
+        answer = browser.send("post_predict")
+        errors = {"x": ["must be of float type"], "y": ["unknown field"]}
+        assert [answer[:4], json.loads(answer[4:])["errors"]] == ["422 ", errors]
+        curl = browser.text("#post_predict pre:nth-of-type(2)")
+        assert """-raw '{"x": "it'\\''s", "y": 2}' -H "Auth""" in curl and "s3cret" not in curl
+        url = browser.run("return document.querySelector('#get_users_name input').value")
+        assert url == "/users/{name}?n=0"
+        browser.fill("#get_users_name input", "/users/b c?n=5")
         assert browser.send("get_users_name") == '200 {"b c":5}'
         browser.fill("#post_picture input[type=file]", str(project.path / "a.png"))
         assert browser.send("post_picture") == '200 {"bytes":5}'
@@ -1493,12 +1464,12 @@ def test_the_page_can_be_used_with_the_keyboard_and_on_a_phone(project, browser)
     with project.serve("run", "gunicorn") as server:
         browser("POST", "/window/rect", {"width": 500, "height": 800})
         browser.open(server)
-        assert browser.run("return document.querySelector('#key').hidden")
+        assert browser.run("return document.querySelector('label').hidden")
         assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
-        browser.fill("#post_predict textarea", '{"x": 4}\ue009\ue007')  # Control and Enter
+        browser.fill("#post_predict textarea", '{"x": 4}\ue004\ue007')  # Tab and Enter
         wait_until(lambda: browser.text("#post_predict pre") == '{"y":8}\n')
         fields = "[...document.querySelectorAll('input, textarea')]"
-        assert browser.run(f"return {fields}.every(e => e.ariaLabel || e.labels.length)")
+        assert browser.run(f"return {fields}.every(e => e.labels.length)")
 
 
 # The ASGI edge
@@ -1531,7 +1502,7 @@ BODIES = [
 HEADERS = [
     {"Content-Type": "text/csv"}, {}, {**JSON, "Content-Encoding": "gzip"}, AS_FORM,
     {"Content-Type": "application/vnd.api+json; charset=utf-8"}, {**JSON, "X-API-Key": "é"},
-    [*AS_FORM.items(), *JSON.items()], {**JSON, "Content-Length": "9" * 30},
+    [*AS_FORM.items(), *JSON.items()],
 ]
 REQUESTS = [
     *({"parts": [body]} for body in BODIES), *({"headers": headers} for headers in HEADERS),
@@ -1663,48 +1634,36 @@ def test_websockets_are_refused():
     assert messages_of(serving(), None, type="websocket") == [{"type": "websocket.close"}]
 
 
-@pytest.mark.parametrize("value", ["a\nb", "\u4e2d"])
-def test_a_problem_with_a_header_that_cannot_be_sent_is_a_500_that_the_log_explains(value, capsys):
-    def predict(x):
-        raise Problem(409, "no", headers={"X-Reason": value})
-
-    model = types.SimpleNamespace(predict=predict)
-    assert over_asgi(serving(model, access_log=True)).status == 500
-    explained, answered = log_of(capsys)
-    assert "cannot be sent" in explained["message"]
-    assert answered["status"] == 500
-
-
-def test_flask_gets_the_request_as_it_was_sent_and_the_prefix_that_a_proxy_has_taken_off():
+def test_flask_gets_the_request_as_it_was_sent():
     def seen(name):
         http = flask.request
-        headers = {name: value for name, value in http.headers.items() if name[0] in "XP"}
+        headers = {name: value for name, value in http.headers.items() if name[0] == "X"}
         more = [http.remote_addr, http.host, http.content_length, http.environ["PATH_INFO"]]
-        more += [http.root_path, http.path[-3:]]
         return [http.cookies, http.args, http.form, [*http.files], headers, *more]
 
     headers = [
         ("Host", "mest.test"), ("Cookie", "a=1"), ("Cookie", "b=2"), ("X-Two", "1"),
-        ("X-Two", "2"), ("Proxy", "evil"), ("X_Two", "evil"), ("Transfer-Encoding", "chunked"),
+        ("X-Two", "2"), ("X_Two", "evil"), ("Transfer-Encoding", "chunked"),
         *MULTIPART.items(),
     ]
     mest_app = make(threads=2)
     mest_app.router.route("<name>/it")(seen)
     more = {"headers": headers, "query_string": b"q=%C3%BC", "client": None, "server": ("/s", None)}
     parts = [UPLOAD[:50], UPLOAD[50:]]
-    answer = over_asgi(mest_app, parts=parts, raw_path=b"/%ff%20/it", root_path="/i", **more)
+    answer = over_asgi(mest_app, parts=parts, raw_path=b"/%ff%20/it", **more)
     assert json.loads(answer.body) == [
         {"a": "1", "b": "2"}, {"q": "ü"}, {"g": "5"}, ["f"], {"X-Two": "1,2"}, "", "mest.test",
-        len(UPLOAD), "/\xff /it", "/i", "/it",
+        None, "/\xff /it",
     ]
-    assert over_asgi(serving(), root_path="/i").body == b'{"y":6}\n'
-    assert over_asgi(serving(), "/i/predict", root_path="/i").body == b'{"y":6}\n'
-    assert over_asgi(serving(), "/predict", root_path="/pre").body == b'{"y":6}\n'
 
 
-def test_an_answer_of_a_handler_with_a_header_that_cannot_be_sent_is_a_500():
-    mest_app = serving(handler=lambda: ("a", {"X-A": "\u4e2d"}))
-    assert over_asgi(mest_app, "/it", **GET).status == 500
+@pytest.mark.parametrize("url", ["/predict", "/it"])
+def test_what_latin_1_cannot_express_is_replaced_in_a_header(url):
+    def predict(x=0):
+        raise Problem(409, "no", headers={"X-Reason": "\u4e2d"})
+
+    answer = over_asgi(serving(types.SimpleNamespace(predict=predict), handler=predict), url)
+    assert [answer.status, answer.headers["x-reason"]] == [409, "?"]
 
 
 @pytest.mark.parametrize("failure", [None, KeyError("hunter2")])
@@ -1726,19 +1685,20 @@ def refusal(edge, size, limit):
     mest_app = serving(model, request_timeout=1, max_queued_requests=limit)
     with model.busy():
         refused = edge(mest_app)
-        assert model._batcher.waiting == 1  # the one that runs keeps its place
+    wait_until(lambda: model._batcher.waiting == 0)
     assert edge(mest_app).body == b"9\n"
     assert model.batches == [[0], [3]]
     return refused.status, refused.headers.get("retry-after"), json.loads(refused.body)["detail"]
 
 
-@pytest.mark.parametrize("limit, refused", [
-    (2, (504, None, "The model did not answer in time.")),
-    (1, (503, "1", "Too many requests wait.")),
+@pytest.mark.parametrize("edge, limit, refused", [
+    (over_asgi, 2, (504, None, "The model did not answer in time.")),
+    (over_asgi, 1, (503, "1", "Too many requests wait.")),
+    (over_wsgi, 1, (503, "1", "Too many requests wait.")),
 ])
-def test_too_late_is_504_and_too_many_is_503_and_neither_is_computed_or_counted(limit, refused):
-    ways = itertools.product([over_asgi, over_wsgi], [1, 32], [limit])
-    assert at_once([functools.partial(refusal, *way) for way in ways]) == [refused] * 4
+def test_too_late_is_504_and_too_many_is_503_and_neither_is_computed(edge, limit, refused):
+    ways = [functools.partial(refusal, edge, size, limit) for size in (1, 32)]
+    assert at_once(ways) == [refused] * 2
 
 
 # Application
@@ -1758,7 +1718,8 @@ def test_mest_in_an_existing_application_leaves_that_as_it_was(router, caplog):
     assert [client.get("/own").text, client.get("/nowhere").text] == ["own", "no page"]
     assert client.get("/own").headers.getlist("X-Request-Id") == ["mine"]
     assert client.get("/livez").headers["X-Request-Id"]  # a page that is not found
-    assert client.get("/ml/none").json["detail"] == "nothing"
+    assert client.get("/ml/none").text == "no page"
+    assert client.post("/ml/predict", json={}).json["errors"] == {"x": ["required field"]}
     assert mest_app.direct_routes() == {}
     assert ({**app.config}, {**vars(app.logger)}) == before
     mest_app.logger.debug("to the host")
@@ -1797,9 +1758,9 @@ def test_setup_loads_every_model_once_in_a_thread_and_logs_how_long_it_took(rout
     mest_app = make(models=[listed, listed], local_model_directory_path="somewhere")
     router.add_predict_route(routed, {}, url="/a")
     mest_app.register_router("/", router)
-    assert mest_app.models == [listed, routed]
     assert mest_app.setup().setup() is mest_app
     router.add_predict_route(late, {}, url="/b")
+    mest_app.setup()
     assert listed.loaded == routed.loaded == late.loaded == [("somewhere", False)]
     assert [model.is_loaded for model in (late, Loading())] == [True, False]
     words = [line["message"].split() for line in log_of(capsys)]
@@ -2231,7 +2192,7 @@ END = "; child.join(20); result = child.exitcode"
 COUNTING = """import mest
 model = type("Printing", (mest.GenericModel,), {"infer": print})()
 child = Process(target=model.predict)
-with mest.metrics().queue_length._lock: child.start()
+with mest.metrics().batch_size._lock: child.start()
 pass"""
 
 
@@ -2331,7 +2292,7 @@ def test_a_package_that_is_not_installed_is_named(project, command, monkeypatch,
     monkeypatch.setitem(sys.modules, package, None)
     done = command(*args)
     assert done.returncode == 1
-    assert done.stderr == f"mest: {package} is not installed: pip install {package}\n"
+    assert re.fullmatch(f"mest: .*{package}.*; install it for {sys.executable}\n", done.stderr)
 
 
 @pytest.mark.parametrize("app", ["service.py", "service", "app.py:first", "pack.web:mest_app"])
@@ -2347,34 +2308,31 @@ def test_the_application_is_found_by_file_module_and_name(project, command, app)
 
 def test_the_shell_has_the_service_at_hand(project, command):
     project.write(app=APP + "mest_app.run()\n")
-    lines = "print(doubler.predict(x=4), app.name, client.post('/predict', json={'x': 1}).json)\n"
-    done = command("shell", stdin=lines, MEST_API_KEY="a,b")
-    assert "{'y': 8} doubler {'y': 2}" in done.stdout
-    assert done.stderr.startswith("There are mest_app, app, client.\n")
+    lines = "print(doubler.predict(x=4), mest_app.app.name, mest_app.config.workers)\n"
+    done = command("shell", "--workers", "3", stdin=lines)
+    assert "{'y': 8} doubler 3" in done.stdout
+    assert done.stderr.startswith("Here is what")
 
 
 TESTS = {"test_a": "def test_one(): pass\ndef test_two(): assert 0\n"}
-EXAMPLES = APP + """
-x = {"x": {"type": "float", "required": True}}
-router.add_predict_route(doubler, x, url="/half", method="GET", example={"x": 3})
-
-@router.route("/length")
-@validate_params({"image": {"type": "binary"}, "n": {"type": "list"}}, {"image": b"1", "n": [1, 2]})
-def length(image=b"", n=()):
-    return {"n": n}, 200 + len(image)
+FAILING = APP + """
+class Failing(Doubler):
+    def infer(self, image: bytes):
+        raise ValueError(image)
+router.add_predict_route(Failing(), example={"image": b"1"}, url="/fails")
 """
 
 
 @pytest.mark.parametrize("files, options, code, said", [
-    ({"app": EXAMPLES}, "", 0, ["GET /half: 200", "POST /length: 201", "POST /predict: 200"]),
-    ({"app": EXAMPLES.replace("+ len", "* 3 + len")}, "", 1, ["/length: 601", "GET /half: 200"]),
-    (TESTS, "", 1, []), (TESTS, "-- -k one -v", 0, ["test_one"]), (TESTS, "-- -k nothing", 5, []),
+    ({"app": FAILING}, "", 1, "model Failing fails for the example of /fails: ValueError: b'1'"),
+    ({"app": APP}, "", 5, "no tests ran"), (TESTS, "", 1, "assert 0"),
+    ({"app": APP, **TESTS}, "-- -k one -v", 0, "test_one"), (TESTS, "-- -k nothing", 5, "2 desel"),
 ])
-def test_mest_test_sends_each_example_and_runs_pytest_as_told(project, files, options, code, said):
+def test_mest_test_runs_the_examples_and_then_pytest_as_told(project, files, options, code, said):
     project.write(**files)
-    done = project.mest("test", *options.split(), MEST_API_KEY="a,b")
+    done = project.mest("test", *options.split())
     assert done.returncode == code
-    assert [line for line in said if line not in done.stdout] == []
+    assert said in done.stdout + done.stderr
 
 
 # The project's files
@@ -2493,7 +2451,9 @@ def test_the_wheel_holds_the_module_and_nothing_else(tmp_path):
     assert {*map(str.lower, needed)} == {"cerberus", "flask", "gunicorn"}
 
 
-@pytest.mark.parametrize("name, most", [("README.md", 260), ("example_app.py", 60)])
+@pytest.mark.parametrize("name, most", [
+    ("mest.py", 2200), ("README.md", 260), ("example_app.py", 60),
+])
 def test_the_files_are_short(name, most):
     lines = (HERE / name).read_text().splitlines()
     assert len(lines) <= most
