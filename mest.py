@@ -61,7 +61,7 @@ from http import HTTPMethod
 from io import BytesIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import current_thread
+from threading import get_ident
 from time import monotonic, sleep
 from types import SimpleNamespace, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -930,7 +930,7 @@ class Batcher:
         self.sizes = sizes
         self.queue: SimpleQueue = SimpleQueue()
         self.lock = threading.Lock()
-        self.turns = threading.Semaphore(threads)
+        self.turns: Any = threading.Semaphore(threads) if threads > 1 else threading.Lock()
         self.max_threads = threads
         self.threads = 0
         self.waiting = 0  # jobs, those in work too
@@ -938,33 +938,35 @@ class Batcher:
 
     def run(self, payload):
         """Return the result of a payload; a thread waits for it."""
-        if current_thread() in self.busy_since:  # the model calls itself
+        if get_ident() in self.busy_since:  # the model calls itself
             return raised(self.work([payload])[0])
         outcomes: SimpleQueue = SimpleQueue()  # a future, at a tenth of the cost
         job = Job(payload, outcomes.put)
-        if self.waiting:
+        if self.waiting and self.size > 1:
             self.submit(job)
-        else:  # Optimization: who finds the model idle runs it, at 1.3 times the requests/s
-            with self.lock:
-                self.waiting += 1
+        else:  # Optimization: no other thread is woken, for 1.3 times the requests/s
+            self.count(job)
             with self.turns:
                 self.finish([job])
         return raised(outcomes.get())
 
-    def submit(self, job):
-        """Have the outcome of a job given to it, or raise a Problem, 503, if too many wait."""
+    def count(self, job):
+        """Count a job among those that wait, or raise a Problem, 503, if they are too many."""
         with self.lock:
-            if (
-                job.exchange and not job.exchange.ended.locked()
-            ):  # a stream that began goes on
+            if job.exchange and not job.exchange.ended.locked():  # a stream that began goes on
                 limit = job.exchange.service.config.max_queued_requests
                 if self.waiting >= max(limit, self.max_threads):
                     raise Problem(503, "Too many requests wait.", {"Retry-After": "1"})
-            if self.waiting >= self.threads < self.max_threads:
+            self.waiting += 1
+
+    def submit(self, job):
+        """Have the outcome of a job given to it by a thread, or raise a Problem, 503."""
+        self.count(job)
+        self.queue.put(job)
+        with self.lock:
+            if self.waiting > self.threads < self.max_threads:
                 threading.Thread(target=self.serve, daemon=True).start()
                 self.threads += 1
-            self.waiting += 1
-        self.queue.put(job)
 
     def busy_for(self):
         """Return for how many seconds the longest call has lasted by now."""
@@ -975,13 +977,13 @@ class Batcher:
         """Finish batch after batch, in a thread."""
         crowd = 1
         while True:
-            try:
-                batch = [self.queue.get(timeout=0.1)]
-            except Empty:  # the crowd has gone
-                batch = [self.queue.get()]
+            idle_since = monotonic()
+            batch = [self.queue.get()]
+            if monotonic() - idle_since > 0.1:  # the crowd has gone
                 crowd = 1
             with self.turns:
-                crowd, end = min(crowd, self.size), monotonic() + self.timeout
+                crowd = min(crowd, self.size)
+                end = monotonic() + self.timeout
                 while len(batch) + self.queue.qsize() < crowd and monotonic() < end:
                     sleep(0.0003)  # as fast as being told
                 with suppress(Empty):
@@ -993,9 +995,9 @@ class Batcher:
         """Give a batch of jobs their outcomes, and return how many that and the next are."""
         jobs = [job for job in batch if not job.is_abandoned]
         EXCHANGE.set(jobs[0].exchange if len(jobs) == 1 else None)  # for what is logged
-        self.busy_since[current_thread()] = monotonic()
+        self.busy_since[get_ident()] = monotonic()
         outcomes = self.work([job.payload for job in jobs]) if jobs else []
-        del self.busy_since[current_thread()]
+        del self.busy_since[get_ident()]
         with self.lock:
             self.waiting -= len(batch)
         if self.sizes and jobs:
