@@ -953,7 +953,7 @@ class Batcher:
     def count(self, job):
         """Count a job among those that wait, or raise a Problem, 503, if they are too many."""
         with self.lock:
-            if job.exchange and not job.exchange.ended.locked():  # a stream that began goes on
+            if job.exchange and not job.exchange.ended.locked():  # or its stream goes on
                 limit = job.exchange.service.config.max_queued_requests
                 if self.waiting >= max(limit, self.max_threads):
                     raise Problem(503, "Too many requests wait.", {"Retry-After": "1"})
