@@ -35,7 +35,7 @@ import copy
 import dataclasses
 import gc
 import hmac
-import importlib.util
+import importlib
 import inspect
 import json
 import logging
@@ -135,7 +135,7 @@ def as_problem(error):
     if isinstance(error, Problem) or error.response or status < 400:
         return error
     headers = dict(error.get_headers())
-    del headers["Content-Type"]
+    headers.pop("Content-Type", None)
     return Problem(status, error.description or error.name, headers)
 
 
@@ -301,7 +301,7 @@ class LogFormatter(logging.Formatter):
                 line[f"{name}_" if name in line else name] = value
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        if not self.is_json:  # what follows a line break is indented: none can be forged
+        if not self.is_json:  # what follows a line break is indented: no line is forged
             return "\n    ".join(" ".join(map(str, line.values())).splitlines())
         try:
             return json.dumps(line, default=str, skipkeys=True, allow_nan=False)
@@ -486,12 +486,14 @@ class Validator(cerberus.Validator):
 
     def _error(self, *args):
         left = self._config.get("errors_left", [MAX_ERRORS])  # a list, which children share
-        if left[0] > 0 or not self._errors:  # one is enough for the verdict
-            left[0] -= len(args) == 1  # a list of one; other calls end in this one
-            super()._error(*args)
+        if left[0] <= 0 and self._errors:
+            return  # one is enough for the verdict
+        if len(args) == 1:  # other calls end in one like this
+            left[0] -= 1
+        super()._error(*args)
 
     def _normalize_default(self, mapping, schema, field):
-        """{'nullable': True}"""  # for Cerberus: what a default may be
+        """{'nullable': True}"""  # which Cerberus parses: a default may be None
         mapping[field] = copy.deepcopy(schema[field]["default"])  # a handler may change it
 
 
@@ -653,16 +655,15 @@ def name_of(function):
 def schema_of(function):
     """Return the schema that a function's arguments and their annotations stand for."""
     schema = {}
-    try:
-        signature = inspect.signature(function, eval_str=True)
-    except Exception:  # annotations may be anything
-        signature = inspect.signature(function)
-    for name, argument in signature.parameters.items():
+    for name, argument in inspect.signature(function).parameters.items():
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             continue
         try:
-            rules = rules_of(argument.annotation)
-        except Exception:
+            annotation = argument.annotation
+            if isinstance(annotation, str):  # from __future__ import annotations
+                annotation = eval(annotation, inspect.unwrap(function).__globals__)
+            rules = rules_of(annotation)
+        except Exception:  # annotations may be anything
             fault = f"{name_of(function)} has the argument {argument}"
             known = "bool, int, float, str, bytes, dict, list[…], Literal[…] or … | None"
             raise MestError(f"{fault}; annotate it with {known}, or give a schema") from None
@@ -727,9 +728,8 @@ class Exchange:
             return  # its client has left, and a thread went on
         seconds = monotonic() - self.began
         if counted := metrics():
-            method = (
-                self.method if self.method in HTTPMethod.__members__ else "other"
-            )  # made up
+            is_known = self.method in HTTPMethod.__members__  # or a client made it up
+            method = self.method if is_known else "other"
             counted.in_progress.dec()
             counted.requests.labels(self.route, method, status).inc()
             counted.seconds.labels(self.route).observe(seconds)
@@ -772,11 +772,8 @@ def metrics_page():
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         registry = prometheus_client.CollectorRegistry()
         MultiProcessCollector(registry)
-    page, kind = (
-        prometheus_client.generate_latest(registry),
-        prometheus_client.CONTENT_TYPE_LATEST,
-    )
-    return flask.Response(page, content_type=kind)
+    page = prometheus_client.generate_latest(registry)
+    return flask.Response(page, content_type=prometheus_client.CONTENT_TYPE_LATEST)
 
 
 # Models
@@ -792,15 +789,13 @@ class GenericModel:
 
     model: Any = None  # what `init` loads
     max_batch_size = 1  # requests that `infer_batch` is given at once, at most
-    batch_timeout = (
-        0.005  # seconds, at most, that a batch waits for the crowd of the one before
-    )
+    batch_timeout = 0.005  # seconds, at most, that a batch waits to be as large as the last
     max_concurrency = 1  # threads that may be in `infer` or `infer_batch` at once
     _initialised = False
 
     @property
     def is_loaded(self) -> bool:
-        """Whether `init` has been carried out, by Mest or by hand."""
+        """Whether Mest has called `init`, or `model` has been set."""
         return self._initialised or self.model is not None
 
     def init(self, directory_path: str) -> None:
@@ -1030,9 +1025,9 @@ def validate_params(
 
         @wraps(handler)
         def validated(*args, **variables):
-            if args or not flask.has_request_context():
+            if not flask.has_request_context():
                 return handler(*args, **variables)
-            return settled(handler(**parameters.read(received_by_flask(variables))))
+            return settled(handler(*args, **parameters.read(received_by_flask(variables))))
 
         vars(validated).update(parameters=parameters, outermost=validated)
         return validated
@@ -1100,9 +1095,9 @@ def encode_prediction(result):
 
 def admit(config, authorization, key):
     """Raise a Problem, 401, unless a request has one of the API keys, if there are any."""
-    sent = key or authorization.partition(" ")[2]
-    matches = 0  # RFC 6750, section 2.1
-    for known in filter(None, map(str.strip, config.api_key.split(","))):  # all of them
+    sent = key or authorization.partition(" ")[2]  # RFC 6750, section 2.1
+    matches = 0  # of all keys, so that the time taken tells nothing
+    for known in filter(None, map(str.strip, config.api_key.split(","))):
         matches += hmac.compare_digest(known.encode(), sent.strip().encode())
     if config.api_key and not matches:
         detail = "Send an API key, as Authorization: Bearer KEY or as X-API-Key: KEY."
@@ -1204,7 +1199,7 @@ class Router:
                 stage, `pre_process` or `infer`, stand for.
             url: relative to the router's; its variables are passed to `predict` too.
             method: the HTTP method.
-            example: as in validate_params; it is run once before the service is ready.
+            example: as in validate_params; each worker runs it once before it is ready.
         """
         owner = f"the predict route {url!r} of router {self.name!r}"
         require_instance(model, "predict", owner)
@@ -1581,7 +1576,9 @@ def environ_of(scope, body):
         raise body
 
     host, port = scope.get("server") or ("localhost", None)
-    path = unquote_to_bytes(scope.get("raw_path") or scope["path"])
+    path = scope["path"].encode()
+    if sent := scope.get("raw_path"):
+        path = unquote_to_bytes(sent)
     environ = {
         "REQUEST_METHOD": scope["method"],
         "SCRIPT_NAME": "",
@@ -1722,9 +1719,12 @@ class Mest:
     def direct_routes(self):
         """Return the endpoints that the event loop may serve without Flask, by method and path."""
         routes: dict = {}
+        if self._own_hooks != hooks_of(self.app):
+            return routes
         for rule, view in routes_of(self.app):
-            is_direct = isinstance(view, Endpoint) and (view.is_probe or view.model)
-            if is_direct and not rule.arguments and self._own_hooks == hooks_of(self.app):
+            if not isinstance(view, Endpoint) or rule.arguments:
+                continue
+            if view.is_probe or view.model is not None:
                 for method in rule.methods - {"HEAD", "OPTIONS"}:
                     routes[method, rule.rule] = view
         return routes
@@ -1753,7 +1753,7 @@ class Mest:
         return {"status": "ready"}
 
     def setup(self) -> Mest:
-        """Load the models that are not loaded yet, or raise a MestError, and return the Mest."""
+        """Load the models that it has not loaded yet, or raise a MestError, and return itself."""
         if not Mest._run_by_command:
             self.load_models()
         return self
@@ -1852,7 +1852,7 @@ def hear_signals_apart(signals):
 
 
 def close_idle(worker):
-    """Close connections without a request, for which gunicorn would wait, too."""
+    """Close idle connections, again and again: gunicorn waits for them as for requests."""
     for connection in [*worker.connections]:
         if not getattr(connection, "_current_request", None):
             connection.transport.close()
@@ -1932,7 +1932,7 @@ def settings_for(service):
 
 
 def gunicorn_for(service, options):
-    """Return gunicorn's application for a Mest; options beat the environment, that files."""
+    """Return gunicorn's application for a Mest; options beat the environment, which beats files."""
     from gunicorn.app.base import Application
     from gunicorn.errors import AppImportError
 
@@ -2013,7 +2013,7 @@ def command_line():
     dev = add(servers, "dev", run_dev)
     gunicorn = add(servers, "gunicorn", run_gunicorn)
     test = add(commands, "test", run_test)
-    _ = add(commands, "shell", run_shell)
+    add(commands, "shell", run_shell)
     dev("--no-reload", dest="reload", action="store_false")
     gunicorn("--preload", action="store_true", help="load the models before forking")
     gunicorn("options", nargs="*", metavar="-- OPTIONS", help="gunicorn's own")

@@ -35,6 +35,7 @@ from urllib.parse import unquote, unquote_to_bytes
 import cerberus
 import flask
 import pytest
+from flask.views import MethodView
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import Gone, HTTPException
 
@@ -297,6 +298,22 @@ def test_an_error_is_a_problem_details_object_with_the_id_of_its_request():
         "title": title, "status": 422, "request_id": "abc-1",
         "detail": "The parameters are not valid.", "errors": {"x": ["required field"]},
     }
+
+
+class Teapot(HTTPException):
+    code, description = 418, "short and stout"
+
+    def get_headers(self, environ=None, scope=None):
+        return [("X-Spout", "1")]
+
+
+def test_an_http_exception_of_flasks_becomes_a_problem_with_its_headers():
+    def handler():
+        raise Teapot
+
+    response = route(handler)()
+    assert (response.status_code, response.headers["X-Spout"]) == (418, "1")
+    assert response.json["detail"] == "short and stout"
 
 
 def test_a_handler_may_raise_a_problem_with_headers_and_members_of_its_own():
@@ -839,7 +856,8 @@ def test_rules_next_to_each_other_mean_what_they_mean_to_cerberus(schema, docume
 
 
 def annotated(a: int, b: bool, c: bytes, d: dict, f: list[list[int]],
-              g: Literal["x", "y"], h: "str | None", i: str = "j", k: int | None = None, *s, **m):
+              g: Literal["x", "y"], h: "str | None", i: str = "j", k: int | None = None, *s, **m,
+              ) -> "numpy.ndarray":  # noqa: F821 # known to type checkers only
     pass
 
 
@@ -927,11 +945,14 @@ class Ready(Doubler):
 
     model = 2  # so that there is nothing to load
 
+    def __len__(self):
+        return 0  # as models of containers may
+
 
 def serving(model=None, schema=X, handler=None, **fields):
     """A Mest with the predict route of a model, and a handler at /it, say."""
     mest_app, router = make(threads=2, **fields), Router("v1")
-    router.add_predict_route(model or Ready(), schema)
+    router.add_predict_route(Ready() if model is None else model, schema)
     if handler:
         router.route("it", methods=["GET", "POST"], endpoint="it")(handler)
     mest_app.register_router("/", router)
@@ -1255,6 +1276,18 @@ def test_validate_params_works_on_a_plain_flask_route():
     assert [handler(x=1), handler(1)] == [{"x": 1}, {"x": 1}]
     assert app.test_client().post("/x", json={"x": 1}).json == {"x": 1}
     assert app.test_client().post("/x", json={}).status_code == 422
+
+
+def test_validate_params_checks_what_a_method_of_a_view_is_given():
+    class View(MethodView):
+        @validate_params(X)
+        def post(self, x):
+            return {"x": x, "of": type(self).__name__}
+
+    app = flask.Flask("plain")
+    app.add_url_rule("/x", view_func=View.as_view("x"))
+    assert app.test_client().post("/x", json={"x": 1}).json == {"x": 1, "of": "View"}
+    assert app.test_client().post("/x", json={"x": "a"}).status_code == 422
 
 
 UPLOAD = (
@@ -1655,6 +1688,8 @@ def test_flask_gets_the_request_as_it_was_sent():
         {"a": "1", "b": "2"}, {"q": "ü"}, {"g": "5"}, ["f"], {"X-Two": "1,2"}, "", "mest.test",
         None, "/\xff /it",
     ]
+    answer = over_asgi(mest_app, "/100%2541/it", parts=parts, raw_path=None, **more)
+    assert json.loads(answer.body)[-1] == "/100%41/it"
 
 
 @pytest.mark.parametrize("url", ["/predict", "/it"])
