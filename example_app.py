@@ -1,6 +1,6 @@
 """The species of an iris from four measurements of its flower: a service to start from.
 
-    mest --app example_app.py run dev
+    mest run dev --app example_app.py
 """
 import math
 import operator

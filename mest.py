@@ -147,7 +147,7 @@ def report(error):
 
 def cause_of(error):
     """Return what went wrong in the user's code, in a line."""
-    cure = f"; install it for {sys.executable}" if isinstance(error, ImportError) else ""
+    cure = f"; install it for {sys.executable}" if isinstance(error, ModuleNotFoundError) else ""
     return f"{type(error).__name__}: {error}{cure}"
 
 
@@ -1079,6 +1079,8 @@ def received_by_flask(variables):
 def to_response(result):
     """Return what Flask takes for what a handler returned: data and text are encoded."""
     body, *rest = result if isinstance(result, tuple) else (result,)
+    if rest and isinstance(rest[0], (int, float)) and rest[0] not in range(200, 600):
+        raise TypeError(f"{rest[0]} is no status, which a tuple has; return a list")
     if isinstance(body, str):
         body = flask.Response(body, content_type="text/plain; charset=utf-8")
     elif not isinstance(body, (bytes, bytearray, Iterator)) and not callable(body):

@@ -300,11 +300,15 @@ def test_an_error_is_a_problem_details_object_with_the_id_of_its_request():
     }
 
 
-class Teapot(HTTPException):
-    code, description = 418, "short and stout"
+@pytest.mark.parametrize("number", [3, 1000, 100, 0.9])
+def test_a_number_beside_an_answer_must_be_a_status(number, capsys):
+    assert route(lambda: ("cat", number))().status_code == 500
+    assert f"{number} is no status" in log_of(capsys)[0]["message"]
 
-    def get_headers(self, environ=None, scope=None):
-        return [("X-Spout", "1")]
+
+class Teapot(HTTPException):
+    code = 418
+    get_headers = lambda *_: [("X-Spout", "1")]  # noqa: E731
 
 
 def test_an_http_exception_of_flasks_becomes_a_problem_with_its_headers():
@@ -312,8 +316,7 @@ def test_an_http_exception_of_flasks_becomes_a_problem_with_its_headers():
         raise Teapot
 
     response = route(handler)()
-    assert (response.status_code, response.headers["X-Spout"]) == (418, "1")
-    assert response.json["detail"] == "short and stout"
+    assert (response.json["status"], response.headers["X-Spout"]) == (418, "1")
 
 
 def test_a_handler_may_raise_a_problem_with_headers_and_members_of_its_own():
@@ -1802,7 +1805,9 @@ def test_setup_loads_every_model_once_in_a_thread_and_logs_how_long_it_took(rout
     assert [" ".join(each[:4]) for each in words] == ["model Loading loaded in"] * 3
 
 
-@pytest.mark.parametrize("failure, cure", [(SystemExit(3), "3$"), (ImportError(), sys.executable)])
+@pytest.mark.parametrize("failure, cure", [
+    (SystemExit(3), "3$"), (ModuleNotFoundError(), sys.executable), (ImportError("a"), "a$"),
+])
 def test_a_model_that_cannot_be_loaded_stops_the_setup_with_its_name(failure, cure):
     reason = f"^model Loading could not be loaded: {type(failure).__name__}.*{cure}"
     with pytest.raises(MestError, match=reason) as caught:
