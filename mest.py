@@ -701,10 +701,8 @@ def check_arguments(function, schema, variables):
 
 # Requests
 
-#: Not os.urandom, which lets other threads run, and so costs as much as the rest of a request.
-IDS = random.Random()
-#: The exchange that this thread, or this task of an event loop, works for.
-EXCHANGE: ContextVar[Any] = ContextVar("mest.exchange", default=None)
+IDS = random.Random()  # os.urandom lets other threads run, for as long as a request takes
+EXCHANGE: ContextVar[Any] = ContextVar("mest.exchange", default=None)  # of a thread or task
 
 
 class Exchange:
@@ -1161,8 +1159,7 @@ def first_stage(model):
 class Router:
     """Endpoints under one name, for `Mest.register_router`.
 
-    Args:
-        name: without dots; `flask.url_for` takes "name.handler".
+    The name has no dots; `flask.url_for` takes "name.handler".
     """
 
     def __init__(self, name: str):
@@ -1863,13 +1860,18 @@ def close_idle(worker):
 
 def worker_for(service):
     """Return gunicorn's class of ASGI workers, with a drain, and an end to idle connections."""
+    import resource
+
     from gunicorn.workers import gasgi
+
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200  # which are for the model
 
     class Connection(gasgi.ASGIProtocol):
         def connection_made(self, transport):
             super().connection_made(transport)
             self.worker.connections.add(self)
-            if self.worker.nr_conns > self.worker.cfg.worker_connections:
+            count = self.worker.nr_conns
+            if count > self.worker.cfg.worker_connections or count > files > 0:
                 transport.abort()
 
     class Worker(gasgi.ASGIWorker):
@@ -1888,11 +1890,10 @@ def worker_for(service):
             super().run()
 
         def handle_exit_signal(self):  # SIGTERM, which a process group may get twice
-            seconds = service.config.drain_seconds
             if not service.draining:
                 service.draining = True
-                service.logger.info("stops in %d s, and is not ready", seconds)
-                self.loop.call_later(seconds, self.finish)
+                service.logger.info("stops in %d s, not ready", service.config.drain_seconds)
+                self.loop.call_later(service.config.drain_seconds, self.finish)
 
         def finish(self):
             self.cfg.set("graceful_timeout", service.config.graceful_timeout)
@@ -1994,7 +1995,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command_line():
     """Return the parser of the command line; what it parses has the function to call as `run`."""
-    parser = argparse.ArgumentParser("mest", description="Serve a model.")
+    parser = argparse.ArgumentParser("mest")
     parser.add_argument("--version", action="version", version=f"mest {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="serve the application")
@@ -2071,7 +2072,7 @@ def run_shell(args):
     service.load_models()
     names = {**vars(module), "mest_app": service}
     with service.app.app_context():
-        code.interact("Here is what the application has.", local=names, exitmsg="")
+        code.interact("Here is what the application has.", local=names)
     return 0
 
 
@@ -2126,7 +2127,6 @@ for _path in ("app", "app.api", "models"):
     sys.modules[f"{__name__}.{_path}"] = _this
 
 
-#: What the page may do: https://www.w3.org/TR/CSP3/
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; form-action 'none'; frame-ancestors 'none'"

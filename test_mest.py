@@ -2070,7 +2070,7 @@ def test_sigterm_makes_it_unready_and_the_end_comes_after_the_drain(tmp_path):
         server.wait_for("infers 5")
         began = time.monotonic()
         os.killpg(server.process.pid, signal.SIGTERM)  # so the worker has it twice
-        server.wait_for("stops in 1 s, and is not ready")
+        server.wait_for("stops in 1 s, not ready")
         status, body, _ = server.ask("/readyz")
         assert (status, json.loads(body)["detail"]) == (503, "lab is shutting down.")
         assert answer.result(PATIENCE)[0] == 200
