@@ -13,7 +13,7 @@ A whole service, which `mest run dev` serves here and `mest run gunicorn` in pro
     mest_app = Mest("doubler")
     mest_app.router.add_predict_route(Doubler())
 
-The path of a request, through the sections JSON, Parameters, Models and Routes:
+The path of a request, through the sections Parameters, Models, Routes and JSON:
 
     bytes -> decode -> parameters -> check -> model or handler -> result -> encode -> bytes
 
@@ -397,7 +397,7 @@ MAKERS: dict[str, Callable] = {
     "minlength": lambda least: lambda value: len(value) >= least,
     "regex": lambda pattern: re.compile(pattern + "$").match,
 }
-PYTHON_TYPES = {
+CERBERUS_TYPES = {
     bool: "boolean",
     bytes: "binary",
     dict: "dict",
@@ -520,7 +520,7 @@ def value_check(rules):
 
 
 def dict_check(schema):
-    """Return the same for a dictionary with these fields."""
+    """Return such a function for a dictionary with these fields."""
     checks = {field: value_check(rules) for field, rules in schema.items()}
     required = {field for field, rules in schema.items() if rules.get("required")}
 
@@ -533,7 +533,7 @@ def dict_check(schema):
 
 
 def list_check(rules):
-    """Return the same for a list, about each of its items."""
+    """Return such a function for a list, of whose items each has these rules."""
     check_item = value_check(rules)
     types = CHECKED[types_of(rules)[0]]
 
@@ -579,7 +579,7 @@ class Parameters:
         return self.check(self.document(received)) | received.variables
 
     def document(self, received):
-        """Return what is to be checked: query or form, over that JSON, over that the path."""
+        """Return what is to be checked: the path beats JSON, which beats query and form."""
         fields, values = decode(received)
         names = received.variables.keys() & self.schema.keys()
         known = {name: [received.variables.pop(name)] for name in names}
@@ -637,14 +637,14 @@ def rules_of(annotation):
     origin = get_origin(annotation)
     arguments = get_args(annotation)
     if origin is Literal:
-        (name,) = {PYTHON_TYPES[type(value)] for value in arguments}
+        (name,) = {CERBERUS_TYPES[type(value)] for value in arguments}
         return {"type": name, "allowed": [*arguments]}
     if origin is list:
         return {"type": "list", "schema": rules_of(*arguments)}
     if origin in (Union, UnionType):
         (other,) = {*arguments} - {type(None)}
         return {**rules_of(other), "nullable": True}
-    return {"type": PYTHON_TYPES[annotation]}
+    return {"type": CERBERUS_TYPES[annotation]}
 
 
 def name_of(function):
@@ -701,8 +701,8 @@ def check_arguments(function, schema, variables):
 
 # Requests
 
-IDS = random.Random()  # os.urandom lets other threads run, for as long as a request takes
-EXCHANGE: ContextVar[Any] = ContextVar("mest.exchange", default=None)  # of a thread or task
+IDS = random.Random()  # os.urandom would let other threads run first
+EXCHANGE: ContextVar[Any] = ContextVar("mest.exchange", default=None)  # that a thread works for
 
 
 class Exchange:
@@ -925,17 +925,17 @@ class Batcher:
         self.lock = threading.Lock()
         self.turns: Any = threading.Semaphore(threads) if threads > 1 else threading.Lock()
         self.max_threads = threads
-        self.threads = 0
+        self.threads = 0  # that have been started
         self.waiting = 0  # jobs, those in work too
         self.busy_since: dict = {}  # by the threads that are at work, in time.monotonic()
 
     def run(self, payload):
-        """Return the result of a payload; a thread waits for it."""
+        """Return the result of a payload, which this thread works out itself or waits for."""
         if get_ident() in self.busy_since:  # the model calls itself
             return raised(self.work([payload])[0])
         outcomes: SimpleQueue = SimpleQueue()  # a future, at a tenth of the cost
         job = Job(payload, outcomes.put)
-        if self.waiting and self.size > 1:
+        if self.waiting and self.size > 1:  # or there would be no batches
             self.submit(job)
         else:  # Optimization: no other thread is woken, for 1.3 times the requests/s
             self.count(job)
@@ -946,7 +946,7 @@ class Batcher:
     def count(self, job):
         """Count a job among those that wait, or raise a Problem, 503, if they are too many."""
         with self.lock:
-            if job.exchange and not job.exchange.ended.locked():  # or its stream goes on
+            if job.exchange and not job.exchange.ended.locked():  # else a stream goes on
                 limit = job.exchange.service.config.max_queued_requests
                 if self.waiting >= max(limit, self.max_threads):
                     raise Problem(503, "Too many requests wait.", {"Retry-After": "1"})
@@ -957,7 +957,7 @@ class Batcher:
         self.count(job)
         self.queue.put(job)
         with self.lock:
-            if self.waiting > self.threads < self.max_threads:
+            if self.threads < min(self.waiting, self.max_threads):
                 threading.Thread(target=self.serve, daemon=True).start()
                 self.threads += 1
 
@@ -985,7 +985,7 @@ class Batcher:
                 crowd = self.finish(batch)
 
     def finish(self, batch):
-        """Give a batch of jobs their outcomes, and return how many that and the next are."""
+        """Do a batch of jobs, give them their outcomes, and return the crowd: it and the queue."""
         jobs = [job for job in batch if not job.is_abandoned]
         EXCHANGE.set(jobs[0].exchange if len(jobs) == 1 else None)  # for what is logged
         self.busy_since[get_ident()] = monotonic()
@@ -1354,7 +1354,7 @@ def docs_page():
 # The ASGI edge
 
 LARGE = 2**16  # bytes of a body that would hold up an event loop
-MAX_READ = 2**26  # bytes of a body, too long or not: most clients send all before they read
+MAX_READ = 2**26  # bytes to read of a body that is too long: clients send all, then listen
 
 
 class Edge:
@@ -1399,7 +1399,7 @@ class Edge:
                 length = str(len(content))
                 response = 200, [("content-type", kind), ("content-length", length)], content
             else:
-                del self.deadlines[task]  # a stream may last
+                del self.deadlines[task]  # a stream may last; now only a client that left cancels
                 response = await self.through_flask(scope, send, body)
         except asyncio.CancelledError:
             if not self.is_late(task):  # the client has left
@@ -1481,20 +1481,20 @@ class Edge:
         """Return what a function returns in another thread."""
         return await self.outcome(self.pool, partial(function, *args))
 
-    async def outcome(self, batcher, payload, finish=None):
-        """Return or raise what a batcher, and in its thread `finish`, make of a payload."""
+    async def outcome(self, batcher, payload, convert=None):
+        """Return or raise what a batcher, and in its thread `convert`, make of a payload."""
         future = self.loop.create_future()
-        job = Job(payload, partial(self.give, future, finish))
+        job = Job(payload, partial(self.give, future, convert))
         batcher.submit(job)
         try:
             return raised(await future)
         finally:
-            job.is_abandoned = True
+            job.is_abandoned = True  # or done
 
-    def give(self, future, finish, outcome):
+    def give(self, future, convert, outcome):
         """Hand an outcome over from another thread, which wakes the loop once for several."""
-        if finish and not isinstance(outcome, Exception):
-            outcome = outcome_of(finish, outcome)
+        if convert and not isinstance(outcome, Exception):
+            outcome = outcome_of(convert, outcome)
         self.outcomes.append((future, outcome))
         if not self.is_woken:
             self.is_woken = True
@@ -1553,13 +1553,13 @@ def run_alone(lock, context, function, *args):
 
 
 def flask_parts(app, environ):
-    """Yield status, headers, whether that is all, and first part of an answer, then its parts."""
+    """Yield (status, headers, is_whole, part) of an answer; unless it is whole, then each part."""
     chunks, status, headers = run_wsgi_app(app, environ)
     head = int(status[:3]), headers.to_wsgi_list()
     try:
         part = next(chunks, None)  # type: ignore
         is_whole = part is None or headers.get("Content-Length") == str(len(part))
-        if not is_whole:  # then somebody asks for more, or closes this
+        if not is_whole:  # it stays open until the last part has been asked for, or it is closed
             yield *head, False, part
             yield from chunks
     finally:
@@ -1597,7 +1597,7 @@ def environ_of(scope, body):
         "mest.exchange": EXCHANGE.get(),
     }
     for name, value in scope["headers"]:
-        if b"_" in name:  # which would be another name's
+        if b"_" in name:  # X_Y would pass for X-Y
             continue
         key = name.decode("latin-1").upper().replace("-", "_")
         text = value.decode("latin-1")
@@ -1643,7 +1643,7 @@ class Mest:
         **fields: with the service_name, fields of MestConfig.
     """
 
-    _run_by_command = False  # while that imports an application, which it runs and loads
+    _run_by_command = False  # while that imports the application, to load and run it
 
     def __init__(
         self, config: MestConfig | str, app: flask.Flask | None = None, **fields: Any
@@ -1654,9 +1654,8 @@ class Mest:
             raise MestError("Mest takes a MestConfig with all fields, or a name and fields")
         self.config = config
         name = config.service_name
-        here = os.getcwd()
         self.logger = logging.getLogger(name) if app else set_up_logging(config)
-        self.app = app or flask.Flask(name, root_path=here, static_folder=None)
+        self.app = app or flask.Flask(name, root_path=os.getcwd(), static_folder=None)
         if not app:
             self.app.logger = self.logger  # type: ignore
             self.app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
@@ -1864,14 +1863,14 @@ def worker_for(service):
 
     from gunicorn.workers import gasgi
 
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200  # which are for the model
+    room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200  # files that the model may open
 
     class Connection(gasgi.ASGIProtocol):
         def connection_made(self, transport):
             super().connection_made(transport)
             self.worker.connections.add(self)
             count = self.worker.nr_conns
-            if count > self.worker.cfg.worker_connections or count > files > 0:
+            if count > self.worker.cfg.worker_connections or count > room > 0:
                 transport.abort()
 
     class Worker(gasgi.ASGIWorker):
@@ -1946,7 +1945,8 @@ def gunicorn_for(service, options):
             return settings_for(service)
 
         def load_config(self):
-            argv, sys.argv = sys.argv, ["mest run gunicorn --", *options]
+            argv = sys.argv
+            sys.argv = ["mest run gunicorn --", *options]
             try:
                 super().load_config()  # reads sys.argv, the environment and gunicorn.conf.py
             finally:
